@@ -1,0 +1,200 @@
+// The distillation losses: divergences between softmax distributions, as fold, merge, map.
+//
+//   p = softmax(teacher / T), q = softmax(student / T), d_i = log q_i - log p_i.
+//
+//   1. fold    each row of logits into a Softmax state (running max, rescaled sum); `merge` joins states of lanes,
+//              warps, clusters, tiles or ranks. Two finished states make a Pair, which maps logits to Points.
+//   2. sum     each Point's term into Sums, which add.
+//   3. map     each Point, given the Sums, into the derivative of the loss with respect to (student logit / T).
+//
+// Terms are written so that every one is >= 0 and small where p and q are close: a KL is a sum of p (e^d - 1 - d),
+// because sum p e^d = sum q = 1 = sum p. So a loss near convergence is neither negative nor rounding noise.
+//
+// Conventions at the edges: p = q = 0 contributes nothing; p > 0 = q makes a forward KL +inf with the gradient q - p;
+// a row whose logits are all -inf, or hold +inf or NaN, has NaN sums.
+#pragma once
+
+#include "common/math.h"
+
+PYALIGN_BEGIN
+
+// sum_i exp((x_i - max) / T) over the logits folded so far. The empty state is {lowest, 0}.
+template <class F>
+struct Softmax {
+    F max = std::numeric_limits<F>::lowest();
+    F sum = F(0);
+};
+
+// The factor that brings a sum taken at `from` to the max `to` >= from.
+template <class F>
+PYALIGN_HD F rescale(F from, F to, F inverse_temperature) {
+    return exp_nonpositive((from - to) * inverse_temperature);
+}
+
+template <class F>
+PYALIGN_HD Softmax<F> merge(Softmax<F> a, Softmax<F> b, F inverse_temperature) {
+    const F max = a.max > b.max ? a.max : b.max;
+    return {max, a.sum * rescale(a.max, max, inverse_temperature) + b.sum * rescale(b.max, max, inverse_temperature)};
+}
+
+template <class F>
+PYALIGN_HD Softmax<F> fold(Softmax<F> state, F logit, F inverse_temperature) {
+    return merge(state, Softmax<F>{logit, logit == logit ? F(1) : logit}, inverse_temperature);
+}
+
+// One vocabulary entry: the teacher's and student's probability, and log q - log p (0 where both are 0).
+template <class F>
+struct Point {
+    F p, q, d;
+};
+
+template <class F>
+PYALIGN_HD Point<F> point(F p, F q, F d) {
+    return {p, q, p + q == F(0) ? F(0) : d};
+}
+
+// What two finished states say about every entry of their rows.
+template <class F>
+struct Pair {
+    F student_max, student_scale;  // q = exp((s - student_max) / T) * student_scale
+    F teacher_max, teacher_scale;
+    F student_origin, teacher_origin, log_ratio;  // d = ((s - student_origin) - (t - teacher_origin)) / T - log_ratio
+    F inverse_temperature;
+
+    PYALIGN_HD Point<F> at(F student, F teacher) const {
+        const F q = exp_nonpositive((student - student_max) * inverse_temperature) * student_scale;
+        const F p = exp_nonpositive((teacher - teacher_max) * inverse_temperature) * teacher_scale;
+        const F d = ((student - student_origin) - (teacher - teacher_origin)) * inverse_temperature - log_ratio;
+        return point(p, q, d);
+    }
+};
+
+// Max and sum stay apart: the difference of two log-sum-exps would carry the rounding of the logits' level. Where the
+// two rows lie on one level, s - t is subtracted first and is nearly exact; where they don't, each row's max goes first.
+template <class F, class A>
+PYALIGN_HD Pair<F> finish(Softmax<A> student, Softmax<A> teacher, A inverse_temperature) {
+    const A ratio = log_positive(student.sum / teacher.sum);
+    const A level = (student.max - teacher.max) * inverse_temperature + ratio;
+    const bool together = (level < A(0) ? -level : level) <= A(1);
+    return {F(student.max),
+            F(A(1) / student.sum),
+            F(teacher.max),
+            F(A(1) / teacher.sum),
+            together ? F(0) : F(student.max),
+            together ? F(0) : F(teacher.max),
+            F(together ? level : ratio),
+            F(inverse_temperature)};
+}
+
+// Sums over a row. `aux` is what the map needs to know of the whole row beside the loss.
+template <class F>
+struct Sums {
+    F loss = F(0), aux = F(0);
+};
+
+template <class F>
+PYALIGN_HD Sums<F> operator+(Sums<F> a, Sums<F> b) {
+    return {a.loss + b.loss, a.aux + b.aux};
+}
+
+// x y with 0 * inf = 0: a probability of zero weighs nothing.
+template <class F>
+PYALIGN_HD F weigh(F probability, F value) {
+    return probability == F(0) ? F(0) : probability * value;
+}
+
+// q - p = p (e^d - 1), without cancellation where they are close.
+template <class F>
+PYALIGN_HD F probability_gap(Point<F> x) {
+    const F near = x.p * (x.d + phi_series(x.d)), far = x.q - x.p;
+    return in_series(x.d) ? near : far;
+}
+
+// weight (e^x - 1 - x) for the point where weight e^x = `weighted`: the summand of a KL.
+template <class F>
+PYALIGN_HD F kl_term(F weight, F weighted, F x) {
+    const F near = weight * phi_series(x), far = (weighted - weight) - weigh(weight, x);
+    return in_series(x) ? near : far;
+}
+
+// Each divergence D(p, q) = sum f(p, q) has
+//   term   its summand in the non-negative form, and the row's aux (masses of p and q must each sum to 1);
+//   slope  dD/d(logit / T) of an entry, given the row's Sums;
+//   plain  f(p, q) itself, and flow, q df/dq: for partial sums over some of the categories, whose gradient is
+//          flow_i - q_i sum_j flow_j.
+// kMapNeedsSums says whether `slope` reads the Sums.
+
+// KL(p || q) = sum p (log p - log q);  dD/dz = q - p.
+template <class F>
+struct ForwardKL {
+    static constexpr bool kMapNeedsSums = false;
+    PYALIGN_HD Sums<F> term(Point<F> x) const { return {kl_term(x.p, x.q, x.d), F(0)}; }
+    PYALIGN_HD F slope(Point<F> x, Sums<F>) const { return probability_gap(x); }
+    PYALIGN_HD F plain(Point<F> x) const { return -weigh(x.p, x.d); }
+    PYALIGN_HD F flow(Point<F> x) const { return -x.p; }
+};
+
+// KL(q || p) = sum q (log q - log p);  dD/dz = q (d - D).
+template <class F>
+struct ReverseKL {
+    static constexpr bool kMapNeedsSums = true;
+    PYALIGN_HD Sums<F> term(Point<F> x) const { return {kl_term(x.q, x.p, -x.d), F(0)}; }
+    PYALIGN_HD F slope(Point<F> x, Sums<F> row) const { return weigh(x.q, x.d) - x.q * row.loss; }
+    PYALIGN_HD F plain(Point<F> x) const { return weigh(x.q, x.d); }
+    PYALIGN_HD F flow(Point<F> x) const { return weigh(x.q, x.d + F(1)); }
+};
+
+// beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q;  dD/dz = (1 - beta) q (log q/m - KL(q || m)).
+// The mixture lives in log space: log m/p = log(beta + (1 - beta) e^d), expanded around the larger of p and q.
+template <class F>
+struct JensenShannon {
+    static constexpr bool kMapNeedsSums = true;
+    F beta;
+
+    struct Mixture {
+        F m, m_over_p, m_over_q;  // m, log m/p, log m/q
+    };
+    PYALIGN_HD Mixture mixture(Point<F> x) const {
+        const bool student_larger = x.d > F(0);
+        const F distance = student_larger ? -x.d : x.d;  // -|d|, NaN stays
+        const F weight = student_larger ? beta : F(1) - beta;
+        const F log_m = log1p_nonpositive(weight * expm1_nonpositive(distance));  // log m / max(p, q)
+        return {beta * x.p + (F(1) - beta) * x.q, log_m + (student_larger ? x.d : F(0)),
+                log_m - (student_larger ? F(0) : x.d)};
+    }
+    PYALIGN_HD Sums<F> term(Point<F> x) const {
+        const Mixture mix = mixture(x);
+        const F student = kl_term(x.q, mix.m, mix.m_over_q);
+        return {beta * kl_term(x.p, mix.m, mix.m_over_p) + (F(1) - beta) * student, student};
+    }
+    PYALIGN_HD F slope(Point<F> x, Sums<F> row) const {
+        return (beta - F(1)) * (weigh(x.q, mixture(x).m_over_q) + x.q * row.aux);
+    }
+    PYALIGN_HD F plain(Point<F> x) const {
+        const Mixture mix = mixture(x);
+        return -beta * weigh(x.p, mix.m_over_p) - (F(1) - beta) * weigh(x.q, mix.m_over_q);
+    }
+    PYALIGN_HD F flow(Point<F> x) const { return (beta - F(1)) * weigh(x.q, mixture(x).m_over_q); }
+};
+
+// 1/2 sum |p - q|;  dD/dz = q (g - sum q g), g = 1/2 sign(q - p), sign(0) = 0.
+template <class F>
+struct TotalVariation {
+    static constexpr bool kMapNeedsSums = true;
+    PYALIGN_HD F plain(Point<F> x) const {
+        const F gap = probability_gap(x);
+        return F(0.5) * (gap < F(0) ? -gap : gap);
+    }
+    PYALIGN_HD F flow(Point<F> x) const {
+        const F gap = probability_gap(x);
+        return gap > F(0) ? F(0.5) * x.q : gap < F(0) ? F(-0.5) * x.q : F(0) * gap;
+    }
+    PYALIGN_HD Sums<F> term(Point<F> x) const { return {plain(x), flow(x)}; }
+    PYALIGN_HD F slope(Point<F> x, Sums<F> row) const { return flow(x) - x.q * row.aux; }
+};
+
+// log(1 - e^x) for x <= 0: the log of the mass that log-probabilities with log-sum x leave over.
+PYALIGN_HD double log1mexp(double x) { return x > -0.6931471805599453 ? ::log(-::expm1(x)) : ::log1p(-::exp(x)); }
+PYALIGN_HD float log1mexp(float x) { return x > -0.69314718f ? ::logf(-::expm1f(x)) : ::log1pf(-::expf(x)); }
+
+PYALIGN_END

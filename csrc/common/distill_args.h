@@ -1,0 +1,95 @@
+// The arguments of the distillation engines: one struct per op, filled by bindings.cpp, read by the CPU and CUDA engines.
+#pragma once
+
+#include <cstdint>
+
+namespace pyalign {
+
+enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+enum class Divergence : int { kForwardKL = 0, kReverseKL = 1, kJensenShannon = 2, kTotalVariation = 3 };
+enum class Tail : int { kBucket = 0, kRenormalize = 1, kDrop = 2 };
+enum class Reduction : int { kNone = 0, kSum = 1, kMean = 2 };
+
+// Rows of a matrix behind two leading strides (in elements; the last stride is 1):
+// row r starts at (r / inner) * outer_stride + (r % inner) * inner_stride.
+struct Rows {
+    void* data = nullptr;
+    Dtype dtype = Dtype::kFloat32;
+    int64_t inner = 1, outer_stride = 0, inner_stride = 0;
+};
+
+// Which tokens count, what they weigh, and what the sum over them is divided by. Null pointers mean "not given".
+// A token counts where mask AND labels != ignore_index AND teacher_rows >= 0.
+struct Tokens {
+    int64_t count = 0;
+    const uint8_t* mask = nullptr;          // [count]
+    const int64_t* labels = nullptr;        // [count]
+    const int64_t* teacher_rows = nullptr;  // [count], the teacher row of each token; without it, its own number
+    const void* weight = nullptr;           // [count], accumulation dtype (float; double for float64 logits)
+    const int64_t* targets = nullptr;       // [count], for hard_weight > 0; ignore_index means no hard term
+    int64_t ignore_index = -100;
+    int64_t teacher_count = 0;              // rows that the teacher has
+    Reduction reduction = Reduction::kMean;
+    const void* num_items = nullptr;        // [1] accumulation dtype, replaces the count as the denominator of kMean
+    const void* upstream = nullptr;         // gradient of the result: [1], or [count] for kNone; null means 1
+};
+
+// Outputs are in accumulation dtype, except for the gradient, and are skipped where null. Uncounted tokens get 0.
+struct Outputs {
+    Rows gradient;              // [count, width]; may be the student itself
+    int64_t width = 0;          // columns of a gradient row; those past the vocabulary are set to zero
+    void* loss = nullptr;       // [1], or [count] for kNone
+    void* row_loss = nullptr;   // [count] workspace for kSum and kMean
+    void* denominator = nullptr;  // [1] workspace: what kMean divides by
+    void* entropy = nullptr;    // [count] entropy of the student's softmax(logits / T)
+    uint8_t* agreement = nullptr;  // [count] whether student and teacher have the same most likely entry (first of equals)
+};
+
+struct DistillOptions {
+    int64_t vocab = 0;
+    Divergence divergence = Divergence::kForwardKL;
+    double beta = 0.5;
+    double temperature = 1.0;
+    bool temperature_squared = false;  // the divergence times T^2; the hard term is at temperature 1 and stays
+    double hard_weight = 0.0;
+};
+
+// (1 - hard_weight) * divergence + hard_weight * cross-entropy, per token.
+struct DistillArgs {
+    Rows student, teacher;
+    Tokens tokens;
+    Outputs out;
+    DistillOptions options;
+};
+
+// The teacher as k (log-prob, index) entries per row and the log of the remaining mass. An index of -1 is no entry.
+struct TopK {
+    int64_t k = 0;
+    const void* logprobs = nullptr;  // [teacher_count, k], dtype
+    const void* indices = nullptr;   // [teacher_count, k], int32 or int64
+    const void* residual = nullptr;  // [teacher_count], dtype; null: log(1 - sum of the entries)
+    Dtype dtype = Dtype::kFloat32;
+    bool wide_indices = true;        // int64
+};
+
+struct TopKDistillArgs {
+    Rows student;
+    TopK teacher;
+    Tail tail = Tail::kBucket;
+    Tokens tokens;
+    Outputs out;
+    DistillOptions options;
+};
+
+// The k largest logits of every row as log-probs of softmax(logits / T), largest first, equals by lowest index, and
+// the log of the mass outside them by log-sum-exp over it.
+struct TopKArgs {
+    Rows logits;
+    int64_t count = 0, vocab = 0, k = 0;
+    double temperature = 1.0;
+    void* logprobs = nullptr;    // [count, k] accumulation dtype
+    int64_t* indices = nullptr;  // [count, k]
+    void* residual = nullptr;    // [count] accumulation dtype
+};
+
+}  // namespace pyalign
