@@ -1,0 +1,87 @@
+"""What the engines of every backend take: the tokens that count, the options of a loss, and rows of a matrix."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")
+TAILS = ("bucket", "renormalize", "drop")
+REDUCTIONS = ("none", "sum", "mean")
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of losses and row states: float64 for float64 logits, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Tokens(NamedTuple):
+    """Which tokens count and how they are reduced; every tensor contiguous, N tokens in the student's order.
+
+    A token counts where ``mask`` AND ``labels != ignore_index`` AND ``teacher_rows >= 0``.
+    """
+
+    mask: Tensor | None = None  # (N,) bool
+    labels: Tensor | None = None  # (N,) int64
+    teacher_rows: Tensor | None = None  # (N,) int64, the flat teacher row of each token
+    weight: Tensor | None = None  # (N,) accumulation dtype
+    targets: Tensor | None = None  # (N,) int64; ignore_index means no hard term for this token
+    num_items: Tensor | None = None  # () accumulation dtype, replaces the count as the denominator of "mean"
+    upstream: Tensor | None = None  # () accumulation dtype, or (N,) for "none"; None means 1
+    ignore_index: int = -100
+    reduction: str = "mean"
+
+
+class Options(NamedTuple):
+    """Options of a distillation loss, per token ``(1 - hard_weight) * divergence + hard_weight * cross_entropy``."""
+
+    vocab: int
+    divergence: str = "forward_kl"
+    beta: float = 0.5
+    temperature: float = 1.0
+    temperature_squared: bool = False  # multiplies the divergence, not the hard term, by temperature ** 2
+    hard_weight: float = 0.0
+
+
+class Results(NamedTuple):
+    """What an engine returns beside the gradient that it writes in place; None for what was not asked for."""
+
+    loss: Tensor | None  # () or, for "none", (N,)
+    entropy: Tensor | None  # (N,) entropy of softmax(student / T), 0 at uncounted tokens
+    agreement: Tensor | None  # (N,) bool, student and teacher agree on the most likely entry, False if uncounted
+
+
+class Rows(NamedTuple):
+    """A matrix behind two leading strides: row r starts at ``r // inner * outer_stride + r % inner * inner_stride``."""
+
+    tensor: Tensor
+    count: int
+    inner: int
+    outer_stride: int
+    inner_stride: int
+
+
+def rows(x: Tensor) -> Rows:
+    """View ``x`` (..., V) as rows; ``x`` is copied once if its last stride is not 1 or its leading
+    dimensions need more than two strides, as ``logits[:, :-1]`` does not.
+    """
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        x = x.contiguous()
+    collapsed: list[tuple[int, int]] = []  # (size, stride) of leading dimensions, adjacent ones joined
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if collapsed and collapsed[-1][1] == size * stride:
+            collapsed[-1] = (collapsed[-1][0] * size, stride)
+        else:
+            collapsed.append((size, stride))
+    count = x.shape[:-1].numel()
+    if not collapsed:
+        return Rows(x, count, 1, 0, 0)
+    if len(collapsed) == 1:
+        return Rows(x, count, max(count, 1), 0, collapsed[0][1])
+    if len(collapsed) == 2:
+        return Rows(x, count, collapsed[1][0], collapsed[0][1], collapsed[1][1])
+    return rows(x.contiguous())
