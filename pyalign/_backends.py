@@ -1,0 +1,139 @@
+"""Which backend runs an op: the default by device and dtype, or the one that a script forces.
+
+``cpu`` (C++), ``cuda`` (CUDA C++), ``triton`` (any GPU that Triton supports, or its interpreter) and ``reference``
+(plain torch). Force one with ``with pyalign.backend("triton"):`` or the environment variable ``PYALIGN_BACKEND``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_GPU_TOPK_LIMIT = 256
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("pyalign_backend", default=None)
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Force a backend for the ops called in this context (of this thread or task); None restores the default.
+
+    A forced backend that can't serve a call raises a ``RuntimeError`` that says why.
+    """
+    token = _forced.set(_known(name, "name"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def _known(name: str | None, source: str) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{source}: got {name!r}; wanted one of {', '.join(BACKENDS)}")
+    return name
+
+
+class Choice(NamedTuple):
+    backend: str
+    reason: str
+
+
+@functools.cache
+def native() -> tuple[Any, str]:
+    """The compiled module, or None and why it can't be loaded."""
+    try:
+        return importlib.import_module("pyalign._C"), ""
+    except ImportError as error:
+        return None, f"pyalign._C can't be imported ({error})"
+
+
+@functools.cache
+def _cuda_refusal(index: int) -> str:
+    """Why the CUDA kernels can't run on this GPU; empty if they can."""
+    module, reason = native()
+    if module is None:
+        return reason
+    if not hasattr(module, "cuda"):
+        return "this build of pyalign has no CUDA kernels (no nvcc when it was installed)"
+    capability = torch.cuda.get_device_capability(index)
+    wanted = 10 * capability[0] + capability[1]
+    for target in module.build_info()["cuda_archs"]:
+        arch, is_ptx = int(target.removesuffix("+PTX").rstrip("a")), target.endswith("+PTX")
+        if (arch // 10 == capability[0] and arch <= wanted) or (is_ptx and arch <= wanted):
+            return ""
+    targets = ", ".join(module.build_info()["cuda_archs"])
+    return f"the CUDA kernels were built for {targets}, not for compute capability {capability[0]}.{capability[1]}"
+
+
+@functools.cache
+def _triton_refusal(device_type: str) -> str:
+    try:
+        importlib.import_module("triton")
+    except ImportError:
+        return "triton is not installed"
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton runs on a CPU through its interpreter alone: set TRITON_INTERPRET=1"
+    return ""
+
+
+def refusal(name: str, device: torch.device, dtype: torch.dtype, k: int = 0) -> str:
+    """Why backend ``name`` can't serve logits of this device and dtype; empty if it can."""
+    if name == "reference":
+        return ""
+    if name == "cpu":
+        if device.type != "cpu":
+            return f"the tensors are on {device.type}"
+        return native()[1] or ("" if dtype in (*_KERNEL_DTYPES, torch.float64) else f"{dtype} has no kernel")
+    if dtype not in _KERNEL_DTYPES:
+        return f"{dtype} has no GPU kernel"
+    if k > _GPU_TOPK_LIMIT:
+        return f"k = {k} is over the GPU kernels' limit of {_GPU_TOPK_LIMIT}"
+    if name == "cuda":
+        if device.type != "cuda" or torch.version.hip is not None:
+            return f"the tensors are on {'hip' if torch.version.hip else device.type}"
+        return _cuda_refusal(device.index or 0)
+    if device.type not in ("cpu", "cuda", "xpu"):
+        return f"the tensors are on {device.type}"
+    return _triton_refusal(device.type)
+
+
+def choose(device: torch.device, dtype: torch.dtype, k: int = 0) -> Choice:
+    """The backend for these tensors, and why."""
+    forced, source = _forced.get(), "pyalign.backend"
+    if forced is None:
+        forced, source = _known(os.environ.get("PYALIGN_BACKEND") or None, "PYALIGN_BACKEND"), "PYALIGN_BACKEND"
+    if forced is not None:
+        why_not = refusal(forced, device, dtype, k)
+        if why_not:
+            raise RuntimeError(f"backend {forced!r}, forced by {source}, can't serve this call: {why_not}")
+        return Choice(forced, f"forced by {source}")
+    reasons: list[str] = []
+    for name in {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device.type, ()):
+        why_not = refusal(name, device, dtype, k)
+        if not why_not:
+            return Choice(name, "; ".join([f"default on {device.type}", *reasons]))
+        reasons.append(f"not {name}: {why_not}")
+    return Choice("reference", "; ".join(reasons) or f"no kernels for {device.type}")
+
+
+@torch.compiler.assume_constant_result
+def choose_name(device_type: str, device_index: int | None, dtype: torch.dtype, k: int = 0) -> str:
+    """``choose(...).backend``; while torch.compile traces, it is a constant of the graph."""
+    return choose(torch.device(device_type, device_index), dtype, k).backend
+
+
+@functools.cache
+def engine(name: str) -> Any:
+    """The object with the engine functions (distill, topk_distill, topk, scale) of a kernel backend."""
+    if name == "triton":
+        return importlib.import_module("pyalign.kernels.distill")
+    return getattr(importlib.import_module("pyalign._native"), name)()

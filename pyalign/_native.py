@@ -1,0 +1,210 @@
+"""The C++ engines behind ``pyalign._C``: tensors become pointers, sizes and strides here, and nowhere else."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyalign import _C
+from pyalign._types import (
+    DIVERGENCES,
+    REDUCTIONS,
+    TAILS,
+    Options,
+    Results,
+    Tokens,
+    accumulation_dtype,
+    rows,
+)
+
+_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _rows(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int]]:
+    """The tensor that holds the rows (``x`` or its one copy) and how C++ finds them in it."""
+    tensor, _, inner, outer_stride, inner_stride = rows(x)
+    return tensor, (tensor.data_ptr(), _DTYPE[x.dtype], inner, outer_stride, inner_stride)
+
+
+def _options(options: Options) -> tuple[Any, ...]:
+    vocab, divergence, *rest = options
+    return (vocab, DIVERGENCES.index(divergence), *rest)
+
+
+class _Outputs:
+    """Allocates what an engine writes beside the gradient."""
+
+    def __init__(self, like: Tensor, count: int, tokens: Tokens, want_loss: bool, want_metrics: bool) -> None:
+        dtype = accumulation_dtype(like.dtype)
+        self.denominator = torch.empty((), dtype=dtype, device=like.device)
+        self.loss = self.row_loss = self.entropy = self.agreement = None
+        if want_loss:
+            self.loss = torch.empty((count,) if tokens.reduction == "none" else (), dtype=dtype, device=like.device)
+            if tokens.reduction != "none":
+                self.row_loss = torch.empty(count, dtype=dtype, device=like.device)
+        if want_metrics:
+            self.entropy = torch.empty(count, dtype=dtype, device=like.device)
+            self.agreement = torch.empty(count, dtype=torch.bool, device=like.device)
+
+    def pointers(self) -> tuple[int, ...]:
+        outputs = (self.loss, self.row_loss, self.denominator, self.entropy, self.agreement)
+        return tuple(_pointer(x) for x in outputs)
+
+    def results(self) -> Results:
+        return Results(self.loss, self.entropy, self.agreement)
+
+
+class _Engine:
+    """The engine functions over one submodule of ``_C``. ``_execution`` is a thread count or a stream."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def _execution(self, device: torch.device) -> int:
+        raise NotImplementedError
+
+    def distill(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        tokens: Tokens,
+        options: Options,
+        *,
+        gradient: Tensor | None,
+        want_loss: bool,
+        want_metrics: bool,
+    ) -> Results:
+        teacher, teacher_rows = _rows(teacher)
+        teacher_count = teacher.shape[:-1].numel()
+        return self._loss(
+            self._module.distill,
+            student,
+            (teacher_rows,),
+            teacher_count,
+            tokens,
+            options,
+            gradient,
+            want_loss,
+            want_metrics,
+        )
+
+    def topk_distill(
+        self,
+        student: Tensor,
+        logprobs: Tensor,
+        indices: Tensor,
+        residual: Tensor | None,
+        tail: str,
+        tokens: Tokens,
+        options: Options,
+        *,
+        gradient: Tensor | None,
+        want_loss: bool,
+        want_metrics: bool,
+    ) -> Results:
+        logprobs, indices = logprobs.contiguous(), indices.contiguous()
+        residual = None if residual is None else residual.to(logprobs.dtype).contiguous()
+        k = indices.shape[-1]
+        teacher = (
+            k,
+            logprobs.data_ptr(),
+            indices.data_ptr(),
+            _pointer(residual),
+            _DTYPE[logprobs.dtype],
+            indices.dtype == torch.int64,
+        )
+        return self._loss(
+            self._module.topk_distill,
+            student,
+            (teacher, TAILS.index(tail)),
+            indices.shape[:-1].numel(),
+            tokens,
+            options,
+            gradient,
+            want_loss,
+            want_metrics,
+        )
+
+    def _loss(
+        self,
+        function: Any,
+        student: Tensor,
+        teacher: tuple[Any, ...],
+        teacher_count: int,
+        tokens: Tokens,
+        options: Options,
+        gradient: Tensor | None,
+        want_loss: bool,
+        want_metrics: bool,
+    ) -> Results:
+        count = student.shape[:-1].numel()
+        outputs = _Outputs(student, count, tokens, want_loss, want_metrics)
+        in_place = gradient is student
+        student, student_rows = _rows(student)
+        gradient_rows = (0, 0, 1, 0, 0)
+        if in_place:
+            gradient_rows = student_rows
+        elif gradient is not None:
+            gradient_rows = _rows(gradient)[1]
+        mask, labels, teacher_index, weight, targets, num_items, upstream, ignore_index, reduction = tokens
+        function(
+            student_rows,
+            *teacher,
+            (
+                count,
+                *map(_pointer, (mask, labels, teacher_index, weight, targets)),
+                ignore_index,
+                teacher_count,
+                REDUCTIONS.index(reduction),
+                _pointer(num_items),
+                _pointer(upstream),
+            ),
+            (gradient_rows, student.shape[-1], *outputs.pointers()),
+            _options(options),
+            self._execution(student.device),
+        )
+        return outputs.results()
+
+    def topk(self, logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        count, dtype = logits.shape[:-1].numel(), accumulation_dtype(logits.dtype)
+        logits, logit_rows = _rows(logits)
+        logprobs = torch.empty(count, k, dtype=dtype, device=logits.device)
+        indices = torch.empty(count, k, dtype=torch.int64, device=logits.device)
+        residual = torch.empty(count, dtype=dtype, device=logits.device)
+        pointers = (logprobs.data_ptr(), indices.data_ptr(), residual.data_ptr())
+        self._module.topk(
+            logit_rows, count, logits.shape[-1], k, temperature, *pointers, self._execution(logits.device)
+        )
+        return logprobs, indices, residual
+
+    def scale(self, x: Tensor, factor: Tensor) -> None:
+        """x *= factor in place, reading the 0-dim ``factor`` on the device; ``x`` must be dense."""
+        execution = self._execution(x.device)
+        self._module.scale(x.data_ptr(), _DTYPE[x.dtype], x.numel(), factor.data_ptr(), execution)
+
+
+class _Cpu(_Engine):
+    def _execution(self, device: torch.device) -> int:
+        return torch.get_num_threads()
+
+
+class _Cuda(_Engine):
+    def _execution(self, device: torch.device) -> int:
+        return torch.cuda.current_stream(device).cuda_stream
+
+
+@functools.cache
+def cpu() -> _Engine:
+    return _Cpu(_C.cpu)
+
+
+@functools.cache
+def cuda() -> _Engine:
+    return _Cuda(_C.cuda)

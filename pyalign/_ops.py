@@ -1,0 +1,295 @@
+"""The torch.library ops and their autograd: one pair of Functions serves every loss that stores its gradient.
+
+The raw ops (``torch.ops.pyalign.*``) are private: they have no autograd formula. ``loss`` is what public functions
+call. In the forward pass a loss whose upstream gradient will be one scalar ("mean", "sum") computes its gradient
+while the row is on chip, already divided by the denominator; backward multiplies it by the upstream scalar on the
+device. float16 (whose 1/N gradients would flush to zero before a GradScaler can save them) and "none" recompute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from pyalign._backends import choose, engine
+from pyalign._types import Options, Results, Tokens, accumulation_dtype, rows
+
+OPS = ("distillation_loss", "topk_distillation_loss", "topk_logprobs")
+
+_library = torch.library.Library("pyalign", "DEF")
+_DEVICES = ("CPU", "CUDA", "XPU")
+
+_TOKENS = (
+    "Tensor? mask, Tensor? labels, Tensor? teacher_rows, Tensor? weight, Tensor? targets, Tensor? num_items, "
+    "Tensor? upstream, int ignore_index, str reduction"
+)
+_OPTIONS = "int vocab, str divergence, float beta, float temperature, bool temperature_squared, float hard_weight"
+_TOP_K = "Tensor logprobs, Tensor indices, Tensor? residual, str tail"
+
+
+def explain(op: str, device_type: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+    """The backend that would run ``op`` on this kind of device, and why."""
+    if op not in OPS:
+        raise ValueError(f"op: got {op!r}; wanted one of {', '.join(OPS)}")
+    choice = choose(torch.device(device_type), dtype)
+    return choice.backend, choice.reason
+
+
+# Raw ops: (student, *teacher, *tokens, *options, want_loss, want_gradient, want_metrics, backend). What was not asked
+# for comes back empty. The variant with a trailing underscore writes the gradient over the student.
+
+
+class _Raw(NamedTuple):
+    """One loss as raw ops: the engine function's name, and how many arguments describe the teacher."""
+
+    name: str
+    teacher_arguments: int
+
+    def run(self, student: Tensor, arguments: tuple[Any, ...], gradient: Tensor | None) -> Results:
+        teacher, rest = arguments[: self.teacher_arguments], arguments[self.teacher_arguments :]
+        n_tokens, n_options = len(Tokens._fields), len(Options._fields)
+        tokens, options = Tokens(*rest[:n_tokens]), Options(*rest[n_tokens : n_tokens + n_options])
+        want_loss, want_metrics, backend = rest[n_tokens + n_options :]
+        return getattr(engine(backend), self.name)(
+            student, *teacher, tokens, options, gradient=gradient, want_loss=want_loss, want_metrics=want_metrics
+        )
+
+    def functional(self, student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *head, want_loss, want_gradient, want_metrics, backend = arguments
+        gradient = torch.empty_like(student, memory_format=torch.contiguous_format) if want_gradient else None
+        loss, *metrics = self.run(student, (*head, want_loss, want_metrics, backend), gradient)
+        empty = [student.new_empty(0) if x is None else x for x in (loss, gradient, *metrics)]
+        return empty[0], empty[1], empty[2], empty[3]
+
+    def in_place(self, student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *head, want_metrics, backend = arguments
+        loss, *metrics = self.run(student, (*head, True, want_metrics, backend), student)
+        assert loss is not None
+        empty = [student.new_empty(0) if x is None else x for x in metrics]
+        return loss, empty[0], empty[1]
+
+    def fake(self, student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *head, want_loss, want_gradient, want_metrics, _ = arguments
+        reduction = head[self.teacher_arguments + len(Tokens._fields) - 1]
+        dtype, count = accumulation_dtype(student.dtype), student.shape[:-1].numel()
+        empty = student.new_empty(0)
+        loss = student.new_empty((count,) if reduction == "none" else (), dtype=dtype)
+        gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+        return (
+            loss if want_loss else empty,
+            gradient if want_gradient else student.new_empty(0),
+            student.new_empty(count, dtype=dtype) if want_metrics else student.new_empty(0),
+            student.new_empty(count, dtype=torch.bool) if want_metrics else student.new_empty(0),
+        )
+
+    def fake_in_place(self, student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *head, want_metrics, backend = arguments
+        loss, _, entropy, agreement = self.fake(student, *head, True, False, want_metrics, backend)
+        return loss, entropy, agreement
+
+
+def _define(signature: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = signature.partition("(")[0]
+    _library.define(signature)
+    for device in _DEVICES:
+        _library.impl(name, implementation, device)
+    torch.library.register_fake(f"pyalign::{name}", fake, lib=_library)
+
+
+def _define_loss(name: str, teacher: str) -> _Raw:
+    raw = _Raw(name, teacher.count(",") + 1)
+    inputs = f"{teacher}, {_TOKENS}, {_OPTIONS}"
+    _define(
+        f"{name}(Tensor student, {inputs}, bool want_loss, bool want_gradient, bool want_metrics, str backend)"
+        " -> (Tensor loss, Tensor gradient, Tensor entropy, Tensor agreement)",
+        raw.functional,
+        raw.fake,
+    )
+    _define(
+        f"{name}_(Tensor(a!) student, {inputs}, bool want_metrics, str backend)"
+        " -> (Tensor loss, Tensor entropy, Tensor agreement)",
+        raw.in_place,
+        raw.fake_in_place,
+    )
+    return raw
+
+
+DISTILL = _define_loss("distill", "Tensor teacher")
+TOPK_DISTILL = _define_loss("topk_distill", _TOP_K)
+
+
+def _topk(logits: Tensor, k: int, temperature: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return engine(backend).topk(logits, k, temperature)
+
+
+def _topk_fake(logits: Tensor, k: int, temperature: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    count, dtype = logits.shape[:-1].numel(), accumulation_dtype(logits.dtype)
+    return (
+        logits.new_empty((count, k), dtype=dtype),
+        logits.new_empty((count, k), dtype=torch.int64),
+        logits.new_empty(count, dtype=dtype),
+    )
+
+
+def _scale(x: Tensor, factor: Tensor, backend: str) -> None:
+    engine(backend).scale(x, factor.to(accumulation_dtype(x.dtype)))
+
+
+_define("topk(Tensor logits, int k, float temperature, str backend) -> (Tensor, Tensor, Tensor)", _topk, _topk_fake)
+_define("scale_(Tensor(a!) x, Tensor factor, str backend) -> ()", _scale, lambda x, factor, backend: None)
+
+
+class Call(NamedTuple):
+    """A loss, ready to run on a student: ``arguments`` are those of the raw op up to the options."""
+
+    raw: _Raw
+    arguments: tuple[Any, ...]
+    reduction: str
+    want_metrics: bool
+    backend: str
+
+    def stores_gradient(self, student: Tensor) -> bool:
+        return self.reduction != "none" and student.dtype != torch.float16
+
+    def forward(self, student: Tensor, want_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        op = getattr(torch.ops.pyalign, self.raw.name)
+        return op(student, *self.arguments, True, want_gradient, self.want_metrics, self.backend)
+
+    def forward_in_place(self, student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        op = getattr(torch.ops.pyalign, self.raw.name + "_")
+        return op(student, *self.arguments, self.want_metrics, self.backend)
+
+    def gradient(self, student: Tensor, upstream: Tensor) -> Tensor:
+        """d result / d student, times ``upstream``: () or, for "none", (N,)."""
+        at = self.raw.teacher_arguments + Tokens._fields.index("upstream")
+        upstream = upstream.to(accumulation_dtype(student.dtype)).contiguous()
+        arguments = (*self.arguments[:at], upstream, *self.arguments[at + 1 :])
+        op = getattr(torch.ops.pyalign, self.raw.name)
+        return op(student, *arguments, False, True, False, self.backend)[1]
+
+    def tensors(self) -> list[Tensor]:
+        return [x for x in self.arguments if isinstance(x, Tensor)]
+
+    def with_tensors(self, tensors: tuple[Tensor, ...]) -> Call:
+        """This call with its tensors replaced by those that autograd kept (and whose versions it checked)."""
+        kept = iter(tensors)
+        return self._replace(arguments=tuple(next(kept) if isinstance(x, Tensor) else x for x in self.arguments))
+
+
+class _FirstOrderOnly(torch.autograd.Function):
+    """The identity on a gradient whose own derivative raises, instead of silently leaving a term out."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, student: Tensor, upstream: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "pyalign's kernels have no second derivative; for create_graph=True force the plain torch implementation"
+            ' with pyalign.backend("reference")'
+        )
+
+
+class _Loss(torch.autograd.Function):
+    """(loss, entropy, agreement), differentiable in the student. The classic form: half the overhead of the other."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, call: Call, in_place: bool) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.call, ctx.in_place, ctx.gradient = call, in_place, None
+        if in_place:
+            loss, entropy, agreement = call.forward_in_place(student)
+            increment_version(student)
+            ctx.gradient = student.detach()
+        else:
+            stored = call.stores_gradient(student)
+            loss, gradient, entropy, agreement = call.forward(student, stored)
+            ctx.gradient = gradient if stored else None
+            ctx.save_for_backward(student, *call.tensors())
+        ctx.mark_non_differentiable(entropy, agreement)
+        ctx.set_materialize_grads(False)
+        return loss, entropy, agreement
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None]:
+        if upstream is None:
+            return None, None, None
+        call: Call = ctx.call
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is not None:
+            torch.ops.pyalign.scale_(gradient, upstream, call.backend)
+        elif ctx.in_place:
+            raise RuntimeError(
+                "inplace=True: a second backward needs the student's logits, which the gradient has replaced"
+            )
+        else:
+            student, *tensors = ctx.saved_tensors
+            gradient = call.with_tensors(tuple(tensors)).gradient(student, upstream)
+        if torch.is_grad_enabled():
+            student = gradient if ctx.in_place else ctx.saved_tensors[0]
+            gradient = _FirstOrderOnly.apply(gradient, student, upstream)
+        return gradient, None, None
+
+
+class _LossTraced(torch.autograd.Function):
+    """The same for torch.compile and torch.func: no state beside the saved tensors, nothing scaled in place."""
+
+    @staticmethod
+    def forward(student: Tensor, call: Call, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return call.with_tensors(tensors).forward(student, call.stores_gradient(student))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+        student, call, *tensors = inputs
+        _, gradient, entropy, agreement = output
+        ctx.call = call._replace(arguments=tuple(None if isinstance(x, Tensor) else x for x in call.arguments))
+        ctx.places = tuple(i for i, x in enumerate(call.arguments) if isinstance(x, Tensor))
+        ctx.mark_non_differentiable(gradient, entropy, agreement)
+        ctx.save_for_backward(student, gradient, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        student, gradient, *tensors = ctx.saved_tensors
+        call: Call = ctx.call
+        if call.stores_gradient(student):
+            gradient = gradient * upstream.to(gradient.dtype)
+        else:
+            arguments = list(call.arguments)
+            for place, tensor in zip(ctx.places, tensors, strict=True):
+                arguments[place] = tensor
+            gradient = call._replace(arguments=tuple(arguments)).gradient(student, upstream)
+        return (_FirstOrderOnly.apply(gradient, student, upstream), None, *(None for _ in tensors))
+
+
+def loss(call: Call, student: Tensor, in_place: bool) -> Results:
+    """Runs a loss, with a graph if the student needs one."""
+    needs_gradient = torch.is_grad_enabled() and student.requires_grad
+    if in_place and not needs_gradient:
+        in_place = False  # nothing to write over the logits
+    if in_place and student.is_leaf:
+        raise ValueError("inplace: student_logits is a leaf that requires grad; wanted logits computed by a model")
+    if in_place and (rows(student).tensor is not student or 0 in student.stride()):
+        raise ValueError(
+            f"inplace: got student_logits of shape {tuple(student.shape)} and strides {student.stride()}; wanted a last"
+            " stride of 1, no stride of 0, and leading dimensions of at most two strides"
+        )
+    if in_place and not call.stores_gradient(student):
+        raise ValueError(
+            f"inplace: got reduction {call.reduction!r} and {student.dtype}; wanted 'mean' or 'sum' and a dtype"
+            " other than float16, whose gradients are computed in the backward pass"
+        )
+    if not needs_gradient:
+        value, _, entropy, agreement = call.forward(student.detach(), False)
+    elif torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if in_place:
+            raise ValueError("inplace: not available under torch.compile and torch.func")
+        value, _, entropy, agreement = _LossTraced.apply(student, call, *call.tensors())
+    else:
+        value, entropy, agreement = _Loss.apply(student, call, in_place)
+    if not call.want_metrics:
+        return Results(value, None, None)
+    return Results(value, entropy, agreement)

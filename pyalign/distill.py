@@ -1,0 +1,340 @@
+"""Distillation from logits: divergences between a teacher's and a student's distribution over the vocabulary.
+
+Context distillation and the 51-category loss follow Askell et al. 2021 (arXiv 2112.00861), section 2.4; the rest is
+Hinton et al. 2015 (arXiv 1503.02531) and generalised knowledge distillation, Agarwal et al. 2023 (arXiv 2306.13649).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from pyalign import _checks, _ops
+from pyalign._backends import choose_name
+from pyalign._types import DIVERGENCES, TAILS, Options, Results, Tokens, accumulation_dtype
+from pyalign.reference import distill as _reference
+
+__all__ = [
+    "DistillationMetrics",
+    "TopKLogprobs",
+    "distillation_loss",
+    "topk_distillation_loss",
+    "topk_logprobs",
+]
+
+
+class DistillationMetrics(NamedTuple):
+    """Per-token figures from the pass that computed the loss, detached; 0 and False at tokens that don't count."""
+
+    entropy: Tensor
+    """(...) entropy in nats of softmax(student / T), accumulation dtype."""
+    agreement: Tensor
+    """(...) bool, whether teacher and student have the same most likely entry (the first of equals)."""
+
+
+class TopKLogprobs(NamedTuple):
+    """A teacher's distribution as its k largest log-probabilities per token and the log of all the rest.
+
+    ``logprobs`` (..., k), any floating dtype, natural logs; ``indices`` (..., k), int32 or int64, where -1 (with
+    log-prob -inf) marks a missing entry; ``residual`` (...), the log of the mass outside the k entries, or None for
+    ``log(1 - sum exp(logprobs))``; ``temperature``, at which the log-probs were taken.
+    """
+
+    logprobs: Tensor
+    indices: Tensor
+    residual: Tensor | None = None
+    temperature: float = 1.0
+
+
+def _options(
+    vocab: int, divergence: str, beta: float, temperature: float, temperature_squared: bool, hard_weight: float
+) -> Options:
+    _checks.one_of("divergence", divergence, DIVERGENCES)
+    if divergence == "jsd" and not 0.0 < beta < 1.0:
+        _checks.refuse("beta", beta, "0 < beta < 1 (at 0 and 1 the divergence is 0: use forward_kl or reverse_kl)")
+    return Options(vocab, divergence, float(beta), temperature, bool(temperature_squared), float(hard_weight))
+
+
+def _vocabulary(vocab_size: int | None, student: Tensor, teacher_width: int | None) -> int:
+    width = student.shape[-1]
+    if vocab_size is None:
+        if teacher_width is not None and teacher_width != width:
+            _checks.refuse(
+                "teacher_logits", f"a vocabulary of {teacher_width}", f"the student's {width}, or vocab_size= for both"
+            )
+        if width == 0:
+            _checks.refuse("student_logits", f"shape {tuple(student.shape)}", "a vocabulary of at least 1")
+        return width
+    limit = width if teacher_width is None else min(width, teacher_width)
+    if not isinstance(vocab_size, int) or not 0 < vocab_size <= limit:
+        _checks.refuse("vocab_size", repr(vocab_size), f"an int with 0 < vocab_size <= {limit}, the smaller logits")
+    return vocab_size
+
+
+def _no_process_group(process_group: object) -> None:
+    if process_group is not None:
+        raise NotImplementedError("process_group: vocabulary-parallel losses are not available in this release")
+
+
+def _run(
+    raw: _ops._Raw, student: Tensor, teacher: tuple[Any, ...], tokens: Tokens, options: Options,
+    inplace: bool, return_metrics: bool,
+) -> Any:  # fmt: skip
+    """Dispatches a loss to its backend and gives the results their shapes."""
+    backend = choose_name(student.device.type, student.device.index, student.dtype)
+    if backend == "reference":
+        if inplace:
+            raise ValueError("inplace: the reference backend computes no gradient in place; wanted a kernel backend")
+        function = getattr(_reference, raw.name)
+        results: Results = function(student, *teacher, tokens, options, want_metrics=return_metrics)
+    else:
+        call = _ops.Call(
+            raw, (*teacher, *tokens, *options), tokens.reduction, return_metrics, backend
+        )
+        results = _ops.loss(call, student, inplace)
+    shape = student.shape[:-1]
+    assert results.loss is not None
+    loss = results.loss if tokens.reduction != "none" or len(shape) == 1 else results.loss.view(shape)
+    if not return_metrics:
+        return loss
+    assert results.entropy is not None and results.agreement is not None
+    return loss, DistillationMetrics(results.entropy.view(shape), results.agreement.view(shape))
+
+
+@overload
+def distillation_loss(
+    student_logits: Tensor, teacher_logits: Tensor, *, return_metrics: Literal[False] = False, **options: Any
+) -> Tensor: ...
+@overload
+def distillation_loss(
+    student_logits: Tensor, teacher_logits: Tensor, *, return_metrics: Literal[True], **options: Any
+) -> tuple[Tensor, DistillationMetrics]: ...
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    teacher_rows: Tensor | None = None,
+    weight: Tensor | None = None,
+    temperature: float = 1.0,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature_squared: bool = False,
+    vocab_size: int | None = None,
+    num_items: int | Tensor | None = None,
+    reduction: str = "mean",
+    targets: Tensor | None = None,
+    hard_weight: float = 0.0,
+    inplace: bool = False,
+    return_metrics: bool = False,
+    process_group: Any = None,
+) -> Tensor | tuple[Tensor, DistillationMetrics]:
+    """Divergence between the teacher's and the student's distribution over the vocabulary, per token.
+
+    With p = softmax(teacher / T), q = softmax(student / T):
+
+    - ``"forward_kl"``: KL(p || q) = sum p (log p - log q)
+    - ``"reverse_kl"``: KL(q || p) = sum q (log q - log p)
+    - ``"jsd"``: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q
+    - ``"tvd"``: 1/2 sum abs(p - q)
+
+    The gradient goes to the student alone; the teacher is a constant. Loss and gradient take one read of each logits
+    row. There is no label shift: position i of the student is matched with position i of the teacher.
+
+    Args:
+        student_logits: (..., V) float32, bfloat16, float16 or float64.
+        teacher_logits: (..., V) with the same leading shape (any, with ``teacher_rows``); may differ in dtype.
+        mask: (...) bool or integer; a token counts where it is nonzero.
+        labels: (...) integer; only a mask: a token counts where it differs from ``ignore_index``.
+        ignore_index: the label of tokens that don't count; as a target: of tokens without a hard term.
+        teacher_rows: (...) integer, for each student token the row of ``teacher_logits.flatten(0, -2)`` it is matched
+            with; -1 for none, and the token doesn't count. Rows are followed in the kernel, not gathered.
+        weight: (...) floating, multiplies each token's loss; not part of the denominator.
+        temperature: T > 0.
+        divergence, beta: see above; 0 < beta < 1.
+        temperature_squared: multiply the divergence (and its gradient) by T^2, Hinton's scaling. Not the hard term.
+        vocab_size: use the first entries of both sides alone (padded heads); the gradient beyond is 0.
+        num_items: int or 0-dim tensor that replaces the number of counted tokens as the denominator of "mean".
+        reduction: "mean" over counted tokens (the mean of nothing is a differentiable 0), "sum", or "none": (...),
+            0 at tokens that don't count.
+        targets, hard_weight: with h = hard_weight in [0, 1] the loss of a token is
+            (1 - h) * divergence + h * cross_entropy(student at temperature 1, target), from the same read.
+        inplace: write the gradient over the student's logits, which saves their size in memory. The logits' version
+            is bumped, so another consumer of them gets torch's error; a second backward raises. Needs "mean" or
+            "sum", logits that are no leaf, and a dtype other than float16.
+        return_metrics: also return :class:`DistillationMetrics`.
+        process_group: not available in this release.
+
+    Returns:
+        The loss, float32 (float64 for float64 logits): () or, for "none", (...); with ``return_metrics`` a pair.
+
+    Entries that are -inf on both sides contribute nothing. p > 0 where q = 0 makes a forward KL +inf with the gradient
+    q - p; an infinite reverse KL has a NaN gradient. A row that is all -inf, or holds +inf or NaN, gives NaN for that
+    row alone. An out-of-range target or teacher row raises on the CPU and gives NaN for its row on a GPU.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
+        RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
+    """
+    _no_process_group(process_group)
+    _checks.floating("student_logits", student_logits, 1)
+    _checks.floating("teacher_logits", teacher_logits, 1)
+    _checks.same_device("teacher_logits", teacher_logits, student_logits)
+    if teacher_rows is None and teacher_logits.shape[:-1] != student_logits.shape[:-1]:
+        _checks.refuse(
+            "teacher_logits",
+            f"leading shape {tuple(teacher_logits.shape[:-1])}",
+            f"the student's {tuple(student_logits.shape[:-1])}, or teacher_rows= to match them",
+        )
+    vocab = _vocabulary(vocab_size, student_logits, teacher_logits.shape[-1])
+    tokens = _checks.tokens(
+        student_logits, mask=mask, labels=labels, ignore_index=ignore_index, teacher_rows=teacher_rows, weight=weight,
+        targets=targets, hard_weight=hard_weight, num_items=num_items, reduction=reduction,
+    )  # fmt: skip
+    temperature = _checks.temperature("temperature", temperature)
+    options = _options(vocab, divergence, beta, temperature, temperature_squared, hard_weight)
+    teacher = teacher_logits.detach()
+    if (student_logits.dtype == torch.float64) != (teacher.dtype == torch.float64):
+        teacher = teacher.to(accumulation_dtype(student_logits.dtype))
+    return _run(_ops.DISTILL, student_logits, (teacher,), tokens, options, inplace, return_metrics)
+
+
+def topk_logprobs(logits: Tensor, k: int = 50, *, temperature: float = 1.0) -> TopKLogprobs:
+    """The k largest log-probabilities of softmax(logits / T) per row, and the log of the mass outside them.
+
+    ``residual = logsumexp(logits outside / T) - logsumexp(logits / T)``, summed over the entries outside and not taken
+    as 1 minus a sum, so that it is exact however peaked the distribution is.
+
+    Args:
+        logits: (..., V), float32, bfloat16, float16 or float64. The result is detached from them.
+        k: 1 <= k <= V.
+        temperature: T > 0.
+
+    Returns:
+        :class:`TopKLogprobs` with float32 (float64 for float64) log-probs (..., k), largest first, equals by lowest
+        index; int64 indices (..., k); residual (...), -inf for k = V. A row with NaN or +inf gives NaN log-probs.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype or value.
+    """
+    _checks.floating("logits", logits, 1)
+    if not isinstance(k, int) or not 0 < k <= logits.shape[-1]:
+        _checks.refuse("k", repr(k), f"an int with 0 < k <= {logits.shape[-1]}, the vocabulary")
+    temperature = _checks.temperature("temperature", temperature)
+    logits = logits.detach()
+    backend = choose_name(logits.device.type, logits.device.index, logits.dtype, k)
+    if backend == "reference":
+        logprobs, indices, residual = _reference.topk(logits, k, temperature)
+    else:
+        logprobs, indices, residual = torch.ops.pyalign.topk(logits, k, temperature, backend)
+    shape = logits.shape[:-1]
+    return TopKLogprobs(logprobs.view(*shape, k), indices.view(*shape, k), residual.view(shape), temperature)
+
+
+def _check_teacher(teacher: TopKLogprobs, student: Tensor, by_row: bool) -> None:
+    logprobs, indices, residual, _ = teacher
+    _checks.floating("teacher.logprobs", logprobs, 1)
+    if indices.dtype not in (torch.int32, torch.int64):
+        _checks.refuse("teacher.indices", indices.dtype, "int32 or int64", TypeError)
+    if indices.shape != logprobs.shape or indices.shape[-1] == 0:
+        _checks.refuse(
+            "teacher.indices", f"shape {tuple(indices.shape)}", f"that of teacher.logprobs, {tuple(logprobs.shape)}, k > 0"
+        )
+    if not by_row and logprobs.shape[:-1] != student.shape[:-1]:
+        _checks.refuse(
+            "teacher.logprobs",
+            f"leading shape {tuple(logprobs.shape[:-1])}",
+            f"the student's {tuple(student.shape[:-1])}, or teacher_rows= to match them",
+        )
+    if residual is not None:
+        _checks.floating("teacher.residual", residual, 0)
+        if residual.shape != logprobs.shape[:-1]:
+            _checks.refuse("teacher.residual", f"shape {tuple(residual.shape)}", f"{tuple(logprobs.shape[:-1])}")
+        _checks.same_device("teacher.residual", residual, student)
+    _checks.same_device("teacher.logprobs", logprobs, student)
+    _checks.same_device("teacher.indices", indices, student)
+
+
+@overload
+def topk_distillation_loss(
+    student_logits: Tensor, teacher: TopKLogprobs, *, return_metrics: Literal[False] = False, **options: Any
+) -> Tensor: ...
+@overload
+def topk_distillation_loss(
+    student_logits: Tensor, teacher: TopKLogprobs, *, return_metrics: Literal[True], **options: Any
+) -> tuple[Tensor, DistillationMetrics]: ...
+def topk_distillation_loss(
+    student_logits: Tensor,
+    teacher: TopKLogprobs,
+    *,
+    divergence: str = "forward_kl",
+    tail: str = "bucket",
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    teacher_rows: Tensor | None = None,
+    weight: Tensor | None = None,
+    temperature: float | None = None,
+    beta: float = 0.5,
+    temperature_squared: bool = False,
+    vocab_size: int | None = None,
+    num_items: int | Tensor | None = None,
+    reduction: str = "mean",
+    targets: Tensor | None = None,
+    hard_weight: float = 0.0,
+    inplace: bool = False,
+    return_metrics: bool = False,
+    process_group: Any = None,
+) -> Tensor | tuple[Tensor, DistillationMetrics]:
+    """Divergence from a teacher that is known by its k most likely entries S per token.
+
+    ``tail`` says what becomes of the other entries:
+
+    - ``"bucket"``: the k entries plus one category for all the rest (Askell et al.'s 51 categories at k = 50). With
+      P_R, Q_R the mass outside S, a forward KL is sum_S p (log p - log q) + P_R (log P_R - log Q_R). It is at most the
+      full divergence, grows with k, and equals it at k = V - 1. The stored log-probs are renormalised over the k + 1
+      categories, so that their rounding can't make it negative.
+    - ``"renormalize"``: both sides renormalised over S. Says nothing about the mass that the student puts elsewhere.
+    - ``"drop"``: the bare sum over S, the student normalised over the whole vocabulary. Not a divergence: it can be
+      negative, and is not minimised by the teacher.
+
+    Args:
+        student_logits: (..., V) float32, bfloat16, float16 or float64; divided by ``teacher.temperature``.
+        teacher: :class:`TopKLogprobs`, such as :func:`topk_logprobs` returns, with the student's leading shape (any,
+            with ``teacher_rows``). Indices of -1 are missing entries.
+        temperature: None, or the teacher's own: a stored tail can't be taken to another temperature.
+        divergence, beta, mask, labels, ignore_index, teacher_rows, weight, temperature_squared, vocab_size, num_items,
+            reduction, targets, hard_weight, inplace, return_metrics, process_group: as in
+            :func:`distillation_loss`. ``agreement`` compares with the teacher's most likely stored entry.
+
+    Returns:
+        The loss, float32 (float64 for float64 logits): () or, for "none", (...); with ``return_metrics`` a pair.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or value. An index twice in one row, or
+            out of range, raises on the CPU and gives NaN for its row on a GPU.
+        RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
+    """
+    _no_process_group(process_group)
+    _checks.floating("student_logits", student_logits, 1)
+    _checks.one_of("tail", tail, TAILS)
+    if not isinstance(teacher, TopKLogprobs):
+        _checks.refuse("teacher", type(teacher).__name__, "a TopKLogprobs", TypeError)
+    _check_teacher(teacher, student_logits, teacher_rows is not None)
+    stored = _checks.temperature("teacher.temperature", teacher.temperature)
+    if temperature is not None and not math.isclose(temperature, stored, rel_tol=1e-6):
+        _checks.refuse("temperature", temperature, f"the teacher's stored {stored}: its tail can't be re-tempered")
+    vocab = _vocabulary(vocab_size, student_logits, None)
+    tokens = _checks.tokens(
+        student_logits, mask=mask, labels=labels, ignore_index=ignore_index, teacher_rows=teacher_rows, weight=weight,
+        targets=targets, hard_weight=hard_weight, num_items=num_items, reduction=reduction,
+    )  # fmt: skip
+    options = _options(vocab, divergence, beta, stored, temperature_squared, hard_weight)
+    logprobs, residual = teacher.logprobs.detach(), teacher.residual
+    inputs = (logprobs, teacher.indices, None if residual is None else residual.detach(), tail)
+    return _run(_ops.TOPK_DISTILL, student_logits, inputs, tokens, options, inplace, return_metrics)
