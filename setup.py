@@ -137,11 +137,11 @@ class Cuda:
     archs: list[int]
 
     def targets(self, source: Path) -> list[str]:
-        """The -gencode codes of one source file; empty where none of its targets was asked for."""
+        """The targets of one source file, such as 90, 90a, 120+PTX; empty where none of its own was asked for."""
         if source.stem.endswith("_sm90a"):
-            return ["sm_90a"] if 90 in self.archs else []
+            return ["90a"] if 90 in self.archs else []
         archs = [arch for arch in self.archs if arch >= 90 or not source.stem.endswith("_sm90")]
-        return [f"sm_{arch}" for arch in archs] + [f"compute_{arch}" for arch in archs[-1:]]
+        return [str(arch) for arch in archs] + [f"{arch}+PTX" for arch in archs[-1:]]
 
     def defines(self) -> list[str]:
         """What the sources may ask: which of the files for special targets were compiled at all."""
@@ -241,7 +241,10 @@ def write_ninja(build: Path, module: Path, cxx: Cxx, cuda: Cuda | None, version:
             f'-DPYALIGN_VERSION="{version}"',
         ]
         if cuda is not None:
-            targets = sorted({t for source in cuda_sources() for t in cuda.targets(source)}, key=target_order)
+            targets = sorted(
+                {target for source in cuda_sources() for target in cuda.targets(source)},
+                key=lambda target: (int(re.sub(r"\D", "", target)), target),
+            )
             binding_flags += [
                 *("-DPYALIGN_WITH_CUDA", *cuda.defines()),
                 '-DPYALIGN_CUDA_VERSION="{}.{}"'.format(*cuda.version),
@@ -283,10 +286,9 @@ def write_ninja_cuda(n: Writer, build: Path, cxx: Cxx, cuda: Cuda) -> list[str]:
         targets = cuda.targets(source)
         if not targets:
             continue
-        gencode = [f"-gencode=arch={target.replace('sm', 'compute')},code={target}" for target in targets]
         objects.append(str(build / source.with_suffix(".cu.o")))
         log = str(build / source.with_suffix(".ptxas.log"))
-        variables = {"flags": shlex.join([*flags, *gencode]), "log": log}
+        variables = {"flags": shlex.join([*flags, *map(gencode, targets)]), "log": log}
         n.build(objects[-1], "nvcc", str(source), implicit_outputs=log, variables=variables)
     return objects
 
@@ -295,9 +297,9 @@ def cuda_sources() -> list[Path]:
     return [path.relative_to(ROOT) for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
 
 
-def target_order(target: str) -> tuple[bool, int, str]:
-    kind, arch = target.split("_")
-    return kind == "compute", int(arch.rstrip("a")), arch
+def gencode(target: str) -> str:
+    arch, _, ptx = target.partition("+")
+    return f"-gencode=arch=compute_{arch},code={'compute' if ptx else 'sm'}_{arch}"
 
 
 def run_ninja(build: Path) -> None:
