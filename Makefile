@@ -35,7 +35,7 @@ lint: .venv/.packages
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
 types: build
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 format: .venv/.packages
 	$(BIN)/ruff check --fix

@@ -1,8 +1,8 @@
-"""Builds `pyalign._C`: writes a build.ninja, runs ninja, hands the module to setuptools. No torch is involved.
+"""Builds `pyalign._C`: writes a build.ninja, runs ninja, hands the module to setuptools. Needs no torch.
 
     csrc/bindings.cpp, csrc/cpu/*.cpp   once
     csrc/cpu/*_kernels.cpp              once per instruction set (-DPYALIGN_ISA=avx2, ...), chosen at run time
-    csrc/cuda/*.cu                      for every CUDA target; *_sm90.cu for targets with thread-block clusters
+    csrc/cuda/*.cu                      for every CUDA target; *_sm90.cu for those with thread-block clusters
                                         (90 and up), *_sm90a.cu for 90a alone
 
 Environment:
@@ -91,8 +91,8 @@ def find_cxx(sanitize: bool) -> Cxx:
     if path is None:
         fail(f"no C++ compiler: looked for {', '.join(names)}; install one or set CXX")
 
-    flags = "-std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
-    flags += ["-Wall", "-Wextra", "-Icsrc"]
+    flags = shlex.split("-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Icsrc")
+    flags += shlex.split("-fno-math-errno -fno-trapping-math -ffp-contract=fast")
     if sys.platform == "darwin":
         link_flags = ["-bundle", "-undefined", "dynamic_lookup"]
     else:
@@ -137,7 +137,7 @@ class Cuda:
     archs: list[int]
 
     def targets(self, source: Path) -> list[str]:
-        """The targets of one source file, such as 90, 90a, 120+PTX; empty where none of its own was asked for."""
+        """The targets of one source file, such as 90, 90a, 120+PTX; empty if none of its own is wanted."""
         if source.stem.endswith("_sm90a"):
             return ["90a"] if 90 in self.archs else []
         archs = [arch for arch in self.archs if arch >= 90 or not source.stem.endswith("_sm90")]
@@ -181,14 +181,14 @@ def find_cuda(sanitize: bool) -> Cuda | None:
 
 
 def cuda_archs(nvcc: str) -> list[int]:
-    """PYALIGN_CUDA_ARCHS or the default, as far as nvcc and our kernels go; empty: native, and no such GPU."""
+    """PYALIGN_CUDA_ARCHS or the default, as far as nvcc and our kernels go; empty: native and no GPU."""
     value = os.environ.get("PYALIGN_CUDA_ARCHS", "").strip()
     listed = map(int, re.findall(r"compute_(\d+)\b", output_of(nvcc, "--list-gpu-arch")))
     known = {arch for arch in listed if arch >= min(CUDA_ARCHS)}
     if value in ("", "native"):
         archs = native_archs() if value else set(CUDA_ARCHS)
         if unknown := archs - known:
-            say(f"sm_{', sm_'.join(map(str, sorted(unknown)))} left out: {nvcc} and pyalign know {sorted(known)}")
+            say(f"targets {sorted(unknown)} left out: {nvcc} and pyalign know {sorted(known)}")
         return sorted(archs & known)
 
     parts = value.replace(",", ";").split(";")
@@ -204,8 +204,9 @@ def native_archs() -> set[int]:
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return set()
-    query = subprocess.run([smi, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True)
-    return {int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", query.stdout, re.MULTILINE)}
+    command = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    reply = subprocess.run(command, capture_output=True, text=True).stdout
+    return {int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", reply, re.MULTILINE)}
 
 
 def nvcc_library_flags(nvcc: str) -> list[str]:
@@ -272,14 +273,9 @@ def write_ninja(build: Path, module: Path, cxx: Cxx, cuda: Cuda | None, version:
 
 def write_ninja_cuda(n: Writer, build: Path, cxx: Cxx, cuda: Cuda) -> list[str]:
     # ptxas reports registers, spills and shared memory of every kernel in $log, for tests to read.
-    n.rule(
-        "nvcc",
-        f"{cuda.nvcc} -ccbin {cxx.path} -MD -MF $out.d $flags -c $in -o $out > $log 2>&1 || {{ cat $log; exit 1; }}",
-        "CUDA $out",
-        "$out.d",
-        deps="gcc",
-    )
-    flags = "-std=c++17 -O3 -DNDEBUG -lineinfo -cudart static -Icsrc -Xptxas -v".split()
+    compile_to_log = f"{cuda.nvcc} -ccbin {cxx.path} -MD -MF $out.d $flags -c $in -o $out > $log 2>&1"
+    n.rule("nvcc", f"{compile_to_log} || {{ cat $log; exit 1; }}", "CUDA $out", "$out.d", deps="gcc")
+    flags = shlex.split("-std=c++17 -O3 -DNDEBUG -lineinfo -cudart static -Icsrc -Xptxas -v")
     flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", *cuda.defines()]
     objects: list[str] = []
     for source in cuda_sources():
@@ -320,7 +316,7 @@ def run_ninja(build: Path) -> None:
         else:
             print(line, end="", flush=True)
     if process.wait():
-        fail(f"this command failed:\n{''.join(failure[1:])}" if failure else f"this command failed: {shlex.join(command)}")
+        fail(f"this command failed:\n{''.join(failure[1:]) or shlex.join(command)}")
 
 
 class BuildNative(build_ext):

@@ -1,0 +1,37 @@
+"""The command line, ``pyalign``. It needs the extra ``pyalign[cli]``, ``info`` excepted."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from typing import TYPE_CHECKING
+
+from pyalign._optional import require
+
+if TYPE_CHECKING:
+    import typer
+
+
+def build_app() -> typer.Typer:
+    """The typer application with all sub-commands."""
+    typer = require("typer")
+    from pyalign.cli import distill, info
+
+    app = typer.Typer(name="pyalign", no_args_is_help=True, help="The loss layer of alignment training.")
+    app.command()(info.info)
+    app.add_typer(distill.app, name="distill")
+    return app
+
+
+def main() -> None:
+    """The entry point of the command ``pyalign``."""
+    if sys.argv[1:2] == ["info"] and importlib.util.find_spec("typer") is None:
+        from pyalign import _info
+
+        return _info.show(as_json="--json" in sys.argv[2:])
+    try:
+        build_app()()
+    except ModuleNotFoundError as error:
+        if "pip install 'pyalign[" not in str(error):
+            raise
+        sys.exit(f"pyalign: {error}")

@@ -1,0 +1,3 @@
+from pyalign.cli import main
+
+main()
