@@ -151,11 +151,11 @@ def check_works(python: Path, cwd: Path) -> list[Path]:
 def test_failed_compile_is_one_error_with_its_command(checkout: Path, tmp_path: Path):
     copy = tmp_path / "broken"
     shutil.copytree(checkout, copy)
-    source = copy / "csrc/cpu/dispatch.cpp"
+    source = copy / "csrc/bindings.cpp"
     source.write_text(source.read_text() + "\n#error broken on purpose\n")
     error = one_error(run(*BUILD_EXT, cwd=copy, PYALIGN_CUDA="0"))
     assert f"this command failed:\n{CXX} " in error
-    assert " -c csrc/cpu/dispatch.cpp -o " in error
+    assert " -c csrc/bindings.cpp -o " in error
     assert "broken on purpose" in error
 
 
@@ -163,7 +163,7 @@ def test_failed_compile_is_one_error_with_its_command(checkout: Path, tmp_path: 
 def test_second_build_compiles_nothing_and_a_touched_header_what_needs_it(checkout: Path):
     succeed(*BUILD_EXT, cwd=checkout, PYALIGN_CUDA="0")
     assert "ninja: no work to do." in succeed(*BUILD_EXT, cwd=checkout, PYALIGN_CUDA="0")
-    os.utime(checkout / "csrc/cpu/dispatch.cpp")
+    os.utime(checkout / "csrc/bindings.cpp")
     again = succeed(*BUILD_EXT, cwd=checkout, PYALIGN_CUDA="0")
     assert "[2/2] link" in again
 
