@@ -1,4 +1,4 @@
-"""The C++ under AddressSanitizer and UndefinedBehaviorSanitizer: the smoke tests pass, and a real overrun is caught."""
+"""The C++ under AddressSanitizer and UndefinedBehaviorSanitizer: smoke tests pass, a real overrun is caught."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def python(sanitized: Path, *arguments: str, timeout: int = 1200) -> subprocess.CompletedProcess[str]:
-    # Python itself is not instrumented, so the runtimes must be there first; libstdc++ for the exceptions they wrap.
+    # Python is not instrumented, so the runtimes must be there first; libstdc++ for the exceptions they wrap.
     names = ("libasan.so", "libubsan.so", "libstdc++.so.6")
     libraries = [
         subprocess.run(
