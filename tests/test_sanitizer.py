@@ -1,4 +1,4 @@
-"""The C++ under AddressSanitizer and UndefinedBehaviorSanitizer: smoke tests pass, a real overrun is caught."""
+"""The C++ under AddressSanitizer and UndefinedBehaviorSanitizer: smoke tests pass, an overrun is caught."""
 
 import os
 import shutil
