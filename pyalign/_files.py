@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,8 +24,8 @@ def _temporary(path: Path) -> Path:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; on leaving, it is on disk (fsync) and renamed to ``path`` in one move."""
+def atomic_file(path: Path) -> Generator[Path]:
+    """Yield a temporary path to write to; on leaving, it is synced and renamed to ``path`` in one move."""
     temporary = _temporary(path)
     yield temporary
     sync(temporary)
@@ -34,7 +34,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path) -> Generator[Path]:
     """As ``atomic_file``, for a directory of files that must not exist yet."""
     temporary = _temporary(path)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -57,8 +57,8 @@ class DirectoryInUseError(RuntimeError):
 
 
 @contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
-    """Hold ``directory`` (made if need be) for writing; the system lets go of it when the process dies, however it dies."""
+def exclusive(directory: Path) -> Generator[None]:
+    """Hold ``directory`` (made if need be) for writing; a process that dies, however it dies, lets go of it."""
     import fcntl
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -66,5 +66,7 @@ def exclusive(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DirectoryInUseError(f"{directory} is being written by another process; wait for it or stop it") from None
+            raise DirectoryInUseError(
+                f"{directory} is being written by another process; wait for it or stop it"
+            ) from None
         yield

@@ -8,26 +8,27 @@ A store is a directory::
 
 and a shard of B sequences with T tokens in all holds
 
-==========  =============================  =====================================================================
-tokens      int32 (T,)                     what the student reads
-offsets     int64 (B+1,)                   sequence b is rows offsets[b] .. offsets[b+1]-1
-logprobs    float16 or bfloat16 (T, k)     the teacher's k largest log-probs after reading the row's token
-indices     int32 (T, k)                   their vocabulary entries, most likely first
-residual    float32 (T,)                   log of the teacher's probability mass outside the k entries
-held_out    bool (B,)                      sequences for evaluation, never trained on
-==========  =============================  =====================================================================
+==========  =========================  =====================================================================
+tokens      int32 (T,)                 what the student reads
+offsets     int64 (B+1,)               sequence b is rows offsets[b] .. offsets[b+1]-1
+logprobs    float16 or bfloat16 (T,k)  the teacher's k largest log-probs after reading the row's token
+indices     int32 (T, k)               their vocabulary entries, most likely first
+residual    float32 (T,)               log of the teacher's probability mass outside the k entries
+held_out    bool (B,)                  sequences for evaluation, never trained on
+==========  =========================  =====================================================================
 
-Row t of a sequence is the distribution of the token *after* ``tokens[t]``, given the prompt and ``tokens[:t+1]``: one
-row per stored token, the last one included (a divergence needs no label). So student position t meets teacher position
-len(prompt) + t. The first token of a text is predicted only where the tokenizer puts a beginning-of-sequence token in
-front: then that token is ``tokens[0]``, and the teacher's input begins with it too, before the prompt.
+Row t of a sequence is the distribution of the token *after* ``tokens[t]``, given the prompt and
+``tokens[:t+1]``: one row per stored token, the last one included (a divergence needs no label). So student
+position t meets teacher position len(prompt) + t. The first token of a text is predicted only where the
+tokenizer puts a beginning-of-sequence token in front: then that token is ``tokens[0]``, and the teacher's
+input begins with it too, before the prompt.
 
-Why float16 for the log-probs: they lie between about -30 and 0, where float16 has 11 significant bits (an error below
-0.05 % of the log-prob) and bfloat16 has 8; its smaller range is never met. The loss renormalises the k+1 categories in
-float32, so rounding biases no total. A token costs ``6 k + 8`` bytes: 308 at k = 50.
+Why float16 for the log-probs: they lie between about -30 and 0, where float16 has 11 significant bits (an
+error below 0.05 % of the log-prob) and bfloat16 has 8; its smaller range is never met. The loss renormalises
+the k+1 categories in float32, so rounding biases no total. A token costs ``6 k + 8`` bytes: 308 at k = 50.
 
-Every shard is written to a temporary file, synced and renamed: a store whose writer was killed holds whole shards only,
-and the same command goes on with those that are missing.
+Every shard is written to a temporary file, synced and renamed: a store whose writer was killed holds whole
+shards only, and the same command goes on with those that are missing.
 """
 
 from __future__ import annotations
@@ -113,8 +114,8 @@ class Manifest:
             raise StoreError(f"{source} is not a manifest of {FORMAT}: {error!r}") from error
         if found != (FORMAT, VERSION):
             raise StoreError(
-                f"{source} is {found[0]!r} version {found[1]!r}; this pyalign reads {FORMAT!r} version {VERSION}: "
-                "collect the store again, or use the pyalign that wrote it"
+                f"{source} is {found[0]!r} version {found[1]!r}; this pyalign reads {FORMAT!r} version "
+                f"{VERSION}: collect the store again, or use the pyalign that wrote it"
             )
         try:
             identity = Identity(**fields.pop("identity"))
@@ -136,7 +137,9 @@ class Manifest:
 def identity_differences(stored: Identity, given: Identity) -> list[str]:
     result: list[str] = []
     if stored.vocab_size != given.vocab_size:
-        result.append(f"its vocabulary has {stored.vocab_size} entries, this model's logits have {given.vocab_size}")
+        result.append(
+            f"its vocabulary has {stored.vocab_size} entries, this model's logits have {given.vocab_size}"
+        )
     if stored.tokenizer != given.tokenizer:
         result.append(f"its tokenizer is {stored.tokenizer[:12]}, this model's is {given.tokenizer[:12]}")
     if stored.model != given.model:
@@ -171,7 +174,8 @@ class TeacherStoreWriter:
 
     Args:
         directory: where the store is or will be.
-        manifest: what it holds. A manifest already there must be the same in everything that decides the rows.
+        manifest: what it holds. A manifest already there must be the same in everything that decides the
+        rows.
 
     Raises:
         StoreError: the store there was made with other settings, or by another version.
@@ -179,7 +183,9 @@ class TeacherStoreWriter:
 
     def __init__(self, directory: str | Path, manifest: Manifest):
         if manifest.logprob_dtype not in LOGPROB_DTYPES:
-            raise StoreError(f"logprob_dtype: got {manifest.logprob_dtype!r}; wanted one of {', '.join(LOGPROB_DTYPES)}")
+            raise StoreError(
+                f"logprob_dtype: got {manifest.logprob_dtype!r}; wanted one of {', '.join(LOGPROB_DTYPES)}"
+            )
         self.directory, self.manifest = Path(directory), manifest
         path = self.directory / "manifest.json"
         if path.exists():
@@ -233,23 +239,33 @@ class TeacherStore:
         self.directory = Path(directory)
         path = self.directory / "manifest.json"
         if not path.exists():
-            raise StoreError(f"{self.directory} holds no teacher store (no manifest.json); `pyalign distill collect` makes one")
+            raise StoreError(
+                f"{self.directory} holds no teacher store (no manifest.json); `pyalign distill collect` "
+                "makes one"
+            )
         self.manifest = Manifest.from_json(path.read_text(encoding="utf-8"), path)
         count = self.manifest.num_shards
         missing = [s for s in range(count) if not shard_path(self.directory, s).exists()]
         if missing:
             raise StoreError(
                 f"{self.directory} is incomplete: {len(missing)} of {count} shards are missing, the first is "
-                f"{shard_path(self.directory, missing[0]).name}; run the same `pyalign distill collect` again, it goes on there"
+                f"{shard_path(self.directory, missing[0]).name}; run the same `pyalign distill collect` "
+                "again, it goes on there"
             )
         self._shards = [self._open(s) for s in range(count)]
         offsets = [shard.get_tensor("offsets").numpy() for shard in self._shards]
         self._offsets = offsets
-        self.lengths = np.concatenate([np.diff(o) for o in offsets])  # (num_sequences,) tokens of each sequence
+        self.lengths = np.concatenate(
+            [np.diff(o) for o in offsets]
+        )  # (num_sequences,) tokens of each sequence
         self.held_out = np.concatenate([shard.get_tensor("held_out").numpy() for shard in self._shards])
-        if (len(self.lengths), int(self.lengths.sum())) != (self.manifest.num_sequences, self.manifest.num_tokens):
+        if (len(self.lengths), int(self.lengths.sum())) != (
+            self.manifest.num_sequences,
+            self.manifest.num_tokens,
+        ):
             raise StoreError(
-                f"{self.directory} is damaged: its shards hold {len(self.lengths)} sequences of {self.lengths.sum()} "
+                f"{self.directory} is damaged: its shards hold {len(self.lengths)} sequences of "
+                f"{self.lengths.sum()} "
                 f"tokens, its manifest says {self.manifest.num_sequences} of {self.manifest.num_tokens}"
             )
 
@@ -257,22 +273,29 @@ class TeacherStore:
         path = shard_path(self.directory, shard)
         try:
             file = require("safetensors").safe_open(path, framework="pt")
-        except Exception as error:  # safetensors has its own error type, and OSError for a file too short to map
+        except (
+            Exception
+        ) as error:  # safetensors has its own error type, and OSError for a file too short to map
             if isinstance(error, ModuleNotFoundError):
                 raise
-            raise StoreError(f"{path} is damaged ({error}); delete it and collect again, which rewrites it alone") from error
+            raise StoreError(
+                f"{path} is damaged ({error}); delete it and collect again, which rewrites it alone"
+            ) from error
         metadata = file.metadata() or {}
-        if metadata.get("sequences_digest") != self.manifest.sequences_digest or metadata.get("shard") != str(shard):
-            raise StoreError(f"{path} belongs to another store; delete it and collect again, which rewrites it alone")
+        owner = (metadata.get("sequences_digest"), metadata.get("shard"))
+        if owner != (self.manifest.sequences_digest, str(shard)):
+            raise StoreError(
+                f"{path} belongs to another store; delete it and collect again, which rewrites it alone"
+            )
         return file
 
     def require_match(self, identity: Identity) -> None:
-        """Raise a ``StoreError`` that says what differs unless the store was collected from this very model."""
+        """Raise a ``StoreError`` that says what differs, unless the store was collected from this model."""
         differences = identity_differences(self.manifest.identity, identity)
         if differences:
             raise StoreError(
-                f"the store {self.directory} does not match the model: {'; '.join(differences)}. It was collected from "
-                f"{self.manifest.model_path}; train that model, or collect again with this one"
+                f"the store {self.directory} does not match the model: {'; '.join(differences)}. It was "
+                f"collected from {self.manifest.model_path}; train that model, or collect again with this one"
             )
 
     def split(self, *, held_out: bool) -> list[int]:

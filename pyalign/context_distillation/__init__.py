@@ -1,7 +1,8 @@
 """Context distillation of a causal language model: the library behind ``pyalign distill``.
 
 The teacher is the model with a prompt C in front, the student the same model without it; training lowers
-KL(p(X|C) || p(X)) over texts X until the prompt is no longer needed (Askell et al. 2021, arXiv 2112.00861, section 2.4).
+KL(p(X|C) || p(X)) over texts X until the prompt is no longer needed (Askell et al. 2021, arXiv 2112.00861,
+section 2.4).
 
 =============== =========================================================================================
 ``language``    load a model directory or GGUF file; its identity; features and head apart

@@ -16,7 +16,7 @@ from pyalign._optional import require
 def save_checkpoint(
     path: Path, *, step: int, settings: str, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Weights by name, the optimizer's state of each (its parameters are those weights, in order), and torch's RNG states.
+    """Save weights by name, the optimizer's state of each (its parameters, in order) and torch's RNG states.
 
     The learning rate and the data's order are functions of ``step`` and the settings, so they need no state.
     """
@@ -35,7 +35,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
-    """Put the saved state into ``weights`` (in place), ``optimizer`` and torch's generators; returns the step."""
+    """Put the saved state into ``weights``, ``optimizer`` and torch's generators; returns the step."""
     with require("safetensors").safe_open(path, framework="pt") as file:
         step = int(file.metadata()["step"])
         names = list(file.keys())

@@ -34,10 +34,11 @@ class CollectSettings:
 
 
 class PromptedModel:
-    """The teacher p(. | C): reads ``[BOS] C X`` and answers for the positions of ``[BOS] X``, which the student reads.
+    """The teacher p(. | C): reads ``[BOS] C X``, answers for the positions of ``[BOS] X`` that the student
+    reads.
 
-    With ``prompt_cache``, C is run once and its keys and values are repeated over each batch: the same rows up to
-    rounding. Models without such a cache (``batch_repeat_interleave``) read C with every batch.
+    With ``prompt_cache``, C is run once and its keys and values are repeated over each batch: the same rows
+    up to rounding. Models without such a cache (``batch_repeat_interleave``) read C with every batch.
     """
 
     def __init__(self, lm: CausalLM, prompt: str, *, prompt_cache: bool = True):
@@ -54,7 +55,8 @@ class PromptedModel:
                 cache = getattr(outputs, "past_key_values", None)
                 if hasattr(cache, "batch_repeat_interleave"):
                     hidden = outputs.logits if lm.body is None else outputs.last_hidden_state
-                    self._cache, self._last = cache, hidden[:, -1:]  # the row that predicts the first token of X
+                    self._cache = cache
+                    self._last = hidden[:, -1:]  # the row that predicts the first token of X
 
     @property
     def uses_cache(self) -> bool:
@@ -90,9 +92,9 @@ def collect(
 ) -> Manifest:
     """Make the store, or go on with it: shards that are there stay, the others are computed.
 
-    Each shard is computed from its own sequences alone, so an interrupted and an uninterrupted run write the same bytes.
-    ``collect.jsonl`` in the store keeps the seconds of each shard. ``on_start`` is told the tokens already stored and
-    all there are, ``on_tokens`` how many were done since.
+    Each shard is computed from its own sequences alone, so an interrupted and an uninterrupted run write the
+    same bytes. ``collect.jsonl`` in the store keeps the seconds of each shard. ``on_start`` is told the
+    tokens already stored and all there are, ``on_tokens`` how many were done since.
 
     Raises:
         JobError: an option out of range.
@@ -110,7 +112,9 @@ def collect(
     longest = prompt_tokens + max(len(s.tokens) for s in sequences)
     limit = getattr(lm.model.config, "max_position_embeddings", None)
     if limit is not None and longest > limit:
-        raise JobError(f"chunk_length: prompt and text are {longest} tokens together; the model reads at most {limit}")
+        raise JobError(
+            f"chunk_length: prompt and text are {longest} tokens together; the model reads at most {limit}"
+        )
 
     held_out = [s for s in sequences if s.held_out]
     manifest = Manifest(
@@ -158,7 +162,10 @@ def collect(
 
 
 def _shard_rows(
-    teacher: PromptedModel, sequences: list[TokenSequence], settings: CollectSettings, on_tokens: Callable[[int], None]
+    teacher: PromptedModel,
+    sequences: list[TokenSequence],
+    settings: CollectSettings,
+    on_tokens: Callable[[int], None],
 ) -> list[SequenceRows]:
     """Rows of a shard's sequences, in order; batches are of like lengths, so that little is padding."""
     lm = teacher.lm
@@ -176,7 +183,9 @@ def _shard_rows(
             teacher_rows = topk_rows(lm, features, settings.k, settings.temperature)
         if teacher_rows.logprobs.isnan().any():
             raise JobError("the prompted model gives NaN log-probs; another --dtype (float32) may help")
-        pieces = [t.split(lengths) for t in (teacher_rows.logprobs, teacher_rows.indices, _residual(teacher_rows))]
+        pieces = [
+            t.split(lengths) for t in (teacher_rows.logprobs, teacher_rows.indices, _residual(teacher_rows))
+        ]
         for b, i in enumerate(batch):
             topk = TopKLogprobs(pieces[0][b], pieces[1][b], pieces[2][b], settings.temperature)
             result[i] = SequenceRows(torch.from_numpy(sequences[i].tokens), topk, sequences[i].held_out)

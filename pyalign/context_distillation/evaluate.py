@@ -55,7 +55,11 @@ class ExactComparison(NamedTuple):
 
 @torch.inference_mode()
 def exact_comparison(
-    plain: CausalLM, distilled: CausalLM, teacher: PromptedModel, store: TeacherStore, sequences: Sequence[int]
+    plain: CausalLM,
+    distilled: CausalLM,
+    teacher: PromptedModel,
+    store: TeacherStore,
+    sequences: Sequence[int],
 ) -> ExactComparison:
     """Run all three models over ``sequences`` of the store, one at a time, at the store's temperature."""
     sums = torch.zeros(5, dtype=torch.float64)

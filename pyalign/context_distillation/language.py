@@ -40,7 +40,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @dataclass
 class CausalLM:
-    """A language model taken apart at its last hidden states ("features"), so that only the rows that count meet the head.
+    """A language model taken apart at its last hidden states: only the rows that count meet the head.
 
     ``head(features(input_ids))`` are the model's logits, soft caps and scales included.
     """
@@ -87,7 +87,9 @@ class CausalLM:
         """The decoder's layers: the longest list of modules in the model."""
         lists = [m for m in self.model.modules() if isinstance(m, nn.ModuleList)]
         if not lists:
-            raise JobError(f"{type(self.model).__name__} has no list of layers; train the whole model (no --last-layers)")
+            raise JobError(
+                f"{type(self.model).__name__} has no list of layers; train the whole model (no --last-layers)"
+            )
         return max(lists, key=len)
 
     def learned_positions(self) -> bool:
@@ -109,8 +111,10 @@ def load(
 
     Args:
         path: the directory, or a ``.gguf`` file.
-        gguf_file: the GGUF file's name in the directory; needed only where it holds several, or a ``config.json`` too.
-        dtype: "auto" (bfloat16 where the device multiplies it in hardware, else float32), "float32" or "bfloat16".
+        gguf_file: the GGUF file's name in the directory; needed only where it holds several, or a
+        config.json. dtype: "auto" (bfloat16 where the device multiplies it in hardware, else float32),
+        "float32" or
+            "bfloat16".
 
     Raises:
         JobError: no such directory, or no model in it.
@@ -142,7 +146,10 @@ def _locate(path: Path, gguf_file: str | None) -> tuple[Path, str | None]:
     if path.is_file() and path.suffix == ".gguf":
         return path.parent, path.name
     if not path.is_dir():
-        raise JobError(f"model: {path} is neither a directory nor a .gguf file; wanted a local model (nothing is downloaded)")
+        raise JobError(
+            f"model: {path} is neither a directory nor a .gguf file; wanted a local model (nothing is "
+            "downloaded)"
+        )
     if gguf_file is not None:
         if not (path / gguf_file).is_file():
             raise JobError(f"gguf_file: {path} holds no {gguf_file}")
@@ -151,13 +158,17 @@ def _locate(path: Path, gguf_file: str | None) -> tuple[Path, str | None]:
         return path, None
     found = sorted(p.name for p in path.glob("*.gguf"))
     if len(found) != 1:
-        which = f"several GGUF files ({', '.join(found)}): name one with --gguf-file" if found else "no GGUF file"
+        which = (
+            f"several GGUF files ({', '.join(found)}): name one with --gguf-file" if found else "no GGUF file"
+        )
         raise JobError(f"model: {path} holds no config.json and {which}")
     return path, found[0]
 
 
 def _split_head(model: Any) -> tuple[Callable[..., Any] | None, Callable[[Tensor], Tensor], int]:
-    """The model's body and head, if head(body(x)) are its logits to the bit on a probe; else the model as a whole."""
+    """Body and head, if head(body(x)) are the model's logits to the bit on a probe; else the model as a
+    whole.
+    """
     probe = torch.arange(4, device=model.device)[None]
     with torch.inference_mode():
         logits = model(input_ids=probe, use_cache=False).logits
@@ -172,8 +183,8 @@ def _split_head(model: Any) -> tuple[Callable[..., Any] | None, Callable[[Tensor
 def _model_digest(directory: Path, gguf_file: str | None) -> str:
     """sha256 of the configuration and the weights.
 
-    Of a weight file larger than 64 MiB, 64 samples of 1 MiB at even distances count: fine-tuning changes them all, and
-    a model of 100 GB takes a second.
+    Of a weight file larger than 64 MiB, 64 samples of 1 MiB at even distances count: fine-tuning changes them
+    all, and a model of 100 GB takes a second.
     """
     digest = hashlib.sha256()
     if gguf_file is not None:
@@ -197,7 +208,7 @@ def _model_digest(directory: Path, gguf_file: str | None) -> str:
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
-    """sha256 of the vocabulary, the special tokens and the cut of a probe text, the same for slow, fast and GGUF forms."""
+    """sha256 of the vocabulary, the special tokens and the cut of a probe text."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     parts = [vocabulary, sorted(tokenizer.all_special_ids), tokenizer(_PROBE)["input_ids"]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

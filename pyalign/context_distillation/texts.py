@@ -1,4 +1,4 @@
-"""Texts into token sequences: half documents after "Human:", half questions and answers as a dialogue (the paper's mix)."""
+"""Texts into token sequences: half documents after "Human:", half dialogues, which is the paper's mix."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class TokenSequence(NamedTuple):
 def read_records(paths: list[Path]) -> list[Record]:
     """Read text files (one document each), JSONL and Parquet.
 
-    A row of JSONL or Parquet is ``{"text": ...}`` or ``{"question": ..., "answer": ...}``, either with an optional
-    ``"group"``: rows of one group are held out together.
+    A row of JSONL or Parquet is ``{"text": ...}`` or ``{"question": ..., "answer": ...}``, either with an
+    optional ``"group"``: rows of one group are held out together.
 
     Raises:
         JobError: a file is missing or empty, or a row has neither form (it names the line).
@@ -81,11 +81,13 @@ def _record(row: Any, where: str) -> Record:
             return Record(fields["text"], None, group)
         if isinstance(fields.get("question"), str) and isinstance(fields.get("answer"), str):
             return Record(fields["answer"], fields["question"], group)
-    raise JobError(f'text: {where}: wanted {{"text": str}} or {{"question": str, "answer": str}}, got {row!r:.80}')
+    raise JobError(
+        f'text: {where}: wanted {{"text": str}} or {{"question": str, "answer": str}}, got {row!r:.80}'
+    )
 
 
 def is_held_out(key: str, fraction: float, seed: int) -> bool:
-    """Whether the record ``key`` is held out: a hash below ``fraction``, so it doesn't depend on what else there is."""
+    """Whether the record ``key`` is held out: a hash below ``fraction``, whatever other records there are."""
     digest = hashlib.sha256(f"{seed}\n{key}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2.0**64
 
@@ -103,9 +105,10 @@ def make_sequences(
 ) -> list[TokenSequence]:
     """Cut records into sequences of at most ``chunk_length`` tokens.
 
-    A document is cut into windows, each after ``text_prefix``. A question and answer becomes "Human: ...\\n\\nAssistant:
-    ..." and keeps its first ``chunk_length`` tokens: a continuation without its question is no dialogue. Each kind is
-    shuffled, then they alternate, so that ``max_sequences`` takes half of either where there is enough of both.
+    A document is cut into windows, each after ``text_prefix``. A question and answer becomes "Human:
+    ...\\n\\nAssistant: ..." and keeps its first ``chunk_length`` tokens: a continuation without its question
+    is no dialogue. Each kind is shuffled, then they alternate, so that ``max_sequences`` takes half of either
+    where there is enough of both.
 
     Raises:
         JobError: a number out of range, or either split is empty.
@@ -117,7 +120,9 @@ def make_sequences(
     if not 0.0 < held_out_fraction < 1.0:
         raise JobError(f"held_out: got {held_out_fraction}; wanted a fraction between 0 and 1")
     if max_sequences is not None and max_sequences < 2:
-        raise JobError(f"max_sequences: got {max_sequences}; wanted at least 2, one to train on and one held out")
+        raise JobError(
+            f"max_sequences: got {max_sequences}; wanted at least 2, one to train on and one held out"
+        )
 
     documents: list[TokenSequence] = []
     dialogues: list[TokenSequence] = []
@@ -144,8 +149,8 @@ def make_sequences(
     for held_out, what in ((False, "train on"), (True, "hold out")):
         if not any(s.held_out == held_out for s in sequences):
             raise JobError(
-                f"held_out: with a fraction of {held_out_fraction} none of {len(sequences)} sequences is left to {what}; "
-                "give more text, another fraction or another seed"
+                f"held_out: with a fraction of {held_out_fraction} none of {len(sequences)} sequences is "
+                f"left to {what}; give more text, another fraction or another seed"
             )
     return sequences
 

@@ -6,7 +6,8 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +28,8 @@ PAPER_FACTOR = 0.05  # the paper's learning rate, as a fraction of pretraining's
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The defaults are the paper's where it has one: k+1 categories, batches of 32, a rate of 0.05 times pretraining's
-    (3e-3 is usual for models of some 100 million parameters) falling linearly to 0, one pass.
+    """The defaults are the paper's where it has one: k+1 categories, batches of 32, a rate of 0.05 times
+    pretraining's (3e-3 is usual for models of some 100 million parameters) falling linearly to 0, one pass.
     """
 
     epochs: int = 1
@@ -58,18 +59,20 @@ class TrainResult(NamedTuple):
 
 
 def schedule(step: int, total: int, learning_rate: float) -> float:
-    """Learning rate of step 0 .. total-1: linear from ``learning_rate`` to 0, which it reaches after the last step."""
+    """Learning rate of step 0 .. total-1: linear from ``learning_rate``, 0 after the last step."""
     return learning_rate * (1.0 - step / total)
 
 
 def select_parameters(lm: CausalLM, last_layers: int | None) -> dict[str, nn.Parameter]:
-    """The parameters to train, by name; all others are frozen, so no graph is built below the first trained layer."""
+    """The parameters to train, by name; all others are frozen, and no graph is built below the first."""
     if last_layers is None:
         chosen = {id(p) for p in lm.model.parameters()}
     else:
         layers = lm.layers()
         if not 1 <= last_layers <= len(layers):
-            raise JobError(f"last_layers: got {last_layers}; wanted 1 <= last_layers <= {len(layers)}, all the model has")
+            raise JobError(
+                f"last_layers: got {last_layers}; wanted 1 <= last_layers <= {len(layers)}, all the model has"
+            )
         outside = {id(p) for p in layers.parameters()}
         trained = [p for layer in layers[len(layers) - last_layers :] for p in layer.parameters()]
         chosen = {id(p) for p in trained} | {id(p) for p in _final_norm(lm, outside)}
@@ -88,13 +91,17 @@ def _final_norm(lm: CausalLM, in_layers: set[int]) -> Iterator[nn.Parameter]:
 
 
 class MasterWeights:
-    """Float32 copies of the trained parameters: steps of 1e-4 are lost on bfloat16 weights, as are small gradients' sums.
+    """Float32 copies of the trained parameters.
 
-    Float32 parameters are their own masters.
+    Steps of 1e-4 are lost on bfloat16 weights, and so are sums of small gradients. Float32 parameters are
+    their own masters.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter]):
-        self._pairs = [(p, p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())) for p in parameters.values()]
+        self._pairs = [
+            (p, p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()))
+            for p in parameters.values()
+        ]
         self.by_name: dict[str, Tensor] = {n: m for n, (_, m) in zip(parameters, self._pairs, strict=True)}
 
     @property
@@ -155,7 +162,7 @@ class Stopwatch:
 
 
 class TrainLog:
-    """``train.jsonl``: one object per line, synced before a checkpoint; lines after the checkpoint resumed from are dropped."""
+    """``train.jsonl``: an object per line, synced; those after the checkpoint resumed from are dropped."""
 
     def __init__(self, path: Path, resumed_step: int | None):
         self._path = path
@@ -197,28 +204,34 @@ def train(
     on_start: Callable[[int, int], None] = lambda done, total: None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> TrainResult:
-    """Lower the divergence from the stored teacher; ``lm`` is changed in place and saved as ``directory/model``.
+    """Lower the divergence from the stored teacher; ``lm`` changes in place and is saved in
+    ``directory/model``.
 
-    A step is ``batch_size`` sequences, divided into micro-batches whose losses share the step's number of tokens as
-    their denominator: accumulation changes nothing but rounding. Each epoch's order is a permutation of (seed, epoch).
-    The last batch of an epoch may be smaller; nothing is left out.
+    A step is ``batch_size`` sequences, divided into micro-batches whose losses share the step's number of
+    tokens as their denominator: accumulation changes nothing but rounding. Each epoch's order is a
+    permutation of (seed, epoch). The last batch of an epoch may be smaller; nothing is left out.
 
-    In the directory: ``train.jsonl`` (the log), ``checkpoint.safetensors`` while it runs, ``model/`` at the end. Killed
-    at any point, the same call goes on from the last checkpoint, to the same weights (on a CPU to the bit).
+    In the directory: ``train.jsonl`` (the log), ``checkpoint.safetensors`` while it runs, ``model/`` at the
+    end. Killed at any point, the same call goes on from the last checkpoint, to the same weights (on a CPU to
+    the bit).
 
     Raises:
         StoreError: the store was collected from another model.
-        JobError: an option out of range; the directory holds a run with other settings; the prompt changes the model by
-            less than ``min_prompt_effect``.
+        JobError: an option out of range; the directory holds a run with other settings; the prompt changes
+            the model by less than ``min_prompt_effect``.
     """
     _check(settings)
     store.require_match(lm.identity)
     directory = Path(directory)
     with exclusive(directory):
         description = _description(store, settings, lm)
-        log_path, checkpoint, model_path = (directory / n for n in ("train.jsonl", "checkpoint.safetensors", "model"))
+        log_path, checkpoint, model_path = (
+            directory / n for n in ("train.jsonl", "checkpoint.safetensors", "model")
+        )
         if model_path.exists():
-            _check_same(json.loads((directory / "train.json").read_text(encoding="utf-8")), description, directory)
+            _check_same(
+                json.loads((directory / "train.json").read_text(encoding="utf-8")), description, directory
+            )
             kls = held_out_kls(read_log(log_path))
             return TrainResult(directory, kls[0][1], kls[-1][1])
         if checkpoint.exists():
@@ -227,7 +240,9 @@ def train(
         torch.manual_seed(settings.seed)
         parameters = select_parameters(lm, settings.last_layers)
         masters = MasterWeights(parameters)
-        optimizer = torch.optim.AdamW(masters.masters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        optimizer = torch.optim.AdamW(
+            masters.masters, lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
         step = 0
         resumed = checkpoint.exists()
         if resumed:
@@ -242,9 +257,11 @@ def train(
             before = stored_kl(lm, store, held_out)
             if before < settings.min_prompt_effect:
                 raise JobError(
-                    f"the prompt hardly changes the model: KL(prompted || plain) is {before:.2g} nats per held-out token, "
-                    f"below min_prompt_effect = {settings.min_prompt_effect:g}. There is next to nothing to distil: give "
-                    "another prompt or other texts, or --min-prompt-effect 0 to train all the same"
+                    f"the prompt hardly changes the model: KL(prompted || plain) is {before:.2g} nats per "
+                    f"held-out token, below min_prompt_effect = {settings.min_prompt_effect:g}. There is "
+                    "next to "
+                    "nothing to distil: give another prompt or other texts, or --min-prompt-effect 0 to "
+                    "train all the same"
                 )
             log.add(event="eval", step=0, held_out_kl=before)
 
@@ -299,7 +316,9 @@ def train(
         return TrainResult(directory, kls[0][1], kls[-1][1])
 
 
-def _accumulate(lm: CausalLM, batch: TeacherBatch, tokens: int, settings: TrainSettings, watch: Stopwatch) -> Tensor:
+def _accumulate(
+    lm: CausalLM, batch: TeacherBatch, tokens: int, settings: TrainSettings, watch: Stopwatch
+) -> Tensor:
     """Add one micro-batch's gradient; returns its share of the step's mean loss.
 
     The graph is cut at the logits (T, V), so that the loss and its gradient are timed apart from the model.
@@ -366,9 +385,24 @@ def _description(store: TeacherStore, settings: TrainSettings, lm: CausalLM) -> 
 
 
 def _check_same(found: dict[str, Any], wanted: dict[str, Any], directory: Path) -> None:
-    old, new = ({**d["settings"], **{f"store's {k}": v for k, v in d["store"].items()}, "dtype": d["dtype"]} for d in (found, wanted))
+    old, new = (
+        {**d["settings"], **{f"store's {k}": v for k, v in d["store"].items()}, "dtype": d["dtype"]}
+        for d in (found, wanted)
+    )
     differences = [f"{k} was {old.get(k)!r} and is {new.get(k)!r} now" for k in new if old.get(k) != new[k]]
     if differences:
         raise JobError(
-            f"{directory} holds a run with other settings: {'; '.join(differences)}. Give another directory, or delete this one"
+            f"{directory} holds a run with other settings: {'; '.join(differences)}. Give another directory, "
+            "or delete this one"
         )
+
+
+@contextmanager
+def unchanged(lm: CausalLM, last_layers: int | None) -> Generator[None]:
+    """On leaving, the parameters that ``train`` changes are what they were, to be compared with the result."""
+    parameters = select_parameters(lm, last_layers)
+    before = [p.detach().clone() for p in parameters.values()]
+    yield
+    with torch.no_grad():
+        for parameter, value in zip(parameters.values(), before, strict=True):
+            parameter.copy_(value)

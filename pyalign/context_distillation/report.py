@@ -1,0 +1,323 @@
+"""What a distillation achieved and cost: ``report.md``, ``curve.png``, and the figures in ``report.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyalign._files import atomic_file, exclusive, write_text
+from pyalign._optional import require
+from pyalign.context_distillation import JobError
+from pyalign.context_distillation.collect import PromptedModel
+from pyalign.context_distillation.evaluate import (
+    ExactComparison,
+    continuation,
+    exact_comparison,
+    fraction_left,
+)
+from pyalign.context_distillation.language import CausalLM, load
+from pyalign.context_distillation.loss_cost import LossCost, measure_apart
+from pyalign.context_distillation.train import held_out_kls, read_log
+from pyalign.teacher_store import TeacherStore
+
+
+@dataclass(frozen=True)
+class Sample:
+    text: str
+    plain: str
+    prompted: str
+    distilled: str
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Everything the report shows; KLs are to the prompted model, in nats per token of held-out text."""
+
+    kl_before: float  # k+1 categories, all held-out tokens
+    kl_after: float
+    exact: ExactComparison
+    samples: list[Sample]
+    collect_tokens_per_second: float | None  # None: the log is gone
+    collect_seconds: float
+    train_tokens_per_second: float
+    train_seconds: float
+    bytes_per_token: float
+    loss_share: float  # of a training step's time
+    loss_rows: int  # the shape at which the loss alone was measured: one micro-batch
+    loss_pyalign: LossCost
+    loss_torch: LossCost
+
+    @property
+    def fraction_left(self) -> float:
+        return fraction_left(self.kl_before, self.kl_after)
+
+
+def report(
+    lm: CausalLM,
+    store: TeacherStore,
+    train_directory: str | Path,
+    directory: str | Path,
+    *,
+    samples: Sequence[str] = (),
+    sample_tokens: int = 60,
+    exact_sequences: int = 16,
+    on_part: Callable[[str], None] = lambda part: None,
+) -> Figures:
+    """Measure and write the report. ``lm`` is the model before training; the trained one is loaded from its
+    directory.
+
+    Both models are in memory at once. Killed, it leaves no half-written file and is simply run again.
+
+    Args:
+        samples: texts to continue with the plain, the prompted and the distilled model; none given, the
+        beginnings of
+            the first two held-out sequences.
+        exact_sequences: on how many held-out sequences to compute the KL over the whole vocabulary too.
+
+    Raises:
+        JobError: training has not finished.
+        StoreError: the store was collected from another model.
+    """
+    store.require_match(lm.identity)
+    train_directory, directory = Path(train_directory), Path(directory)
+    if not (train_directory / "model").exists():
+        raise JobError(
+            f"{train_directory} holds no trained model; `pyalign distill train` makes it, or goes on making "
+            "it"
+        )
+    with exclusive(directory):
+        log = read_log(train_directory / "train.jsonl")
+        described: dict[str, Any] = json.loads((train_directory / "train.json").read_text(encoding="utf-8"))
+        dtype = str(lm.dtype).removeprefix("torch.")
+        on_part("load the distilled model")
+        distilled = load(train_directory / "model", dtype=dtype, device=lm.device)
+        teacher = PromptedModel(lm, store.manifest.prompt)
+
+        on_part("KL over the whole vocabulary")
+        held_out = store.split(held_out=True)
+        exact = exact_comparison(lm, distilled, teacher, store, held_out[:exact_sequences])
+        on_part("samples")
+        texts = list(samples) or [_beginning(lm, store, i) for i in held_out[:2]]
+        prompt = store.manifest.prompt
+        shown = [
+            Sample(
+                text,
+                continuation(lm, text, tokens=sample_tokens),
+                continuation(lm, text, prompt=prompt, tokens=sample_tokens),
+                continuation(distilled, text, tokens=sample_tokens),
+            )
+            for text in texts
+        ]
+        on_part("the loss alone, and in plain torch")
+        steps = [e for e in log if e["event"] == "step"]
+        rows = min(described["settings"]["micro_batch"] * int(store.lengths.max()), store.manifest.num_tokens)
+        shape = (rows, lm.vocab_size, store.manifest.k, lm.dtype, lm.device)
+        costs = {name: measure_apart(name, *shape) for name in ("pyalign", "torch")}
+
+        collect_tokens, collect_seconds = _collect_log(store.directory)
+        train_seconds = sum(e["seconds"] for e in steps)
+        kls = held_out_kls(log)
+        figures = Figures(
+            kl_before=kls[0][1],
+            kl_after=kls[-1][1],
+            exact=exact,
+            samples=shown,
+            collect_tokens_per_second=collect_tokens / collect_seconds if collect_seconds else None,
+            collect_seconds=collect_seconds,
+            train_tokens_per_second=sum(e["tokens"] for e in steps) / train_seconds,
+            train_seconds=train_seconds,
+            bytes_per_token=store.num_bytes / store.manifest.num_tokens,
+            loss_share=sum(e["loss_seconds"] for e in steps) / train_seconds,
+            loss_rows=rows,
+            loss_pyalign=costs["pyalign"],
+            loss_torch=costs["torch"],
+        )
+        _draw(log, store.manifest.k, directory / "curve.png")
+        fields = {**dataclasses.asdict(figures), "fraction_left": figures.fraction_left}
+        for name in ("exact", "loss_pyalign", "loss_torch"):
+            fields[name] = getattr(figures, name)._asdict()
+        write_text(directory / "report.json", json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
+        write_text(directory / "report.md", _markdown(figures, store, lm, described, len(steps)))
+    return figures
+
+
+def _collect_log(directory: Path) -> tuple[int, float]:
+    """Tokens and seconds of the shards in the log."""
+    path = directory / "collect.jsonl"
+    entries = read_log(path) if path.exists() else []
+    return sum(e["tokens"] for e in entries), sum(e["seconds"] for e in entries)
+
+
+def _beginning(lm: CausalLM, store: TeacherStore, index: int) -> str:
+    """The first 24 tokens of a sequence, as text."""
+    return lm.tokenizer.decode(store.sequence(index).tokens[:24].tolist(), skip_special_tokens=True)
+
+
+def _draw(log: list[dict[str, Any]], k: int, path: Path) -> None:
+    figure = require("matplotlib.figure").Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    steps = [e for e in log if e["event"] == "step"]
+    axes.plot(
+        [e["step"] for e in steps], [e["loss"] for e in steps], color="#9ab", lw=1.2, label="training loss"
+    )
+    kls = held_out_kls(log)
+    axes.plot(
+        [s for s, _ in kls],
+        [kl for _, kl in kls],
+        "o-",
+        color="#c33",
+        label="held out: KL(prompted || model)",
+    )
+    axes.set(xlabel="step", ylabel=f"nats per token, {k} + 1 categories", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _markdown(
+    figures: Figures, store: TeacherStore, lm: CausalLM, described: dict[str, Any], steps: int
+) -> str:
+    manifest, settings, exact = store.manifest, described["settings"], figures.exact
+    train_tokens = manifest.num_tokens - manifest.num_held_out_tokens
+    train_sequences = manifest.num_sequences - manifest.num_held_out_sequences
+    layers = (
+        "all parameters"
+        if settings["last_layers"] is None
+        else f"the last {settings['last_layers']} of {len(lm.layers())} layers"
+    )
+    parts = [
+        "# Context distillation",
+        f"`{Path(manifest.model_path).name}` with the prompt below is the teacher; the student is the same "
+        "model without it.",
+        _quote(manifest.prompt),
+        _table(
+            ["KL(prompted ‖ model), nats per held-out token", "before", "after", "left"],
+            [
+                [
+                    f"{manifest.k} + 1 categories, all {manifest.num_held_out_tokens} tokens",
+                    f"{figures.kl_before:.4f}",
+                    f"{figures.kl_after:.4f}",
+                    f"{figures.fraction_left:.0%}",
+                ],
+                [
+                    f"whole vocabulary, {exact.tokens} tokens",
+                    f"{exact.kl_plain:.4f}",
+                    f"{exact.kl_distilled:.4f}",
+                    f"{fraction_left(exact.kl_plain, exact.kl_distilled):.0%}",
+                ],
+            ],
+        ),
+        _table(
+            ["", "plain", "prompted", "distilled"],
+            [
+                ["negative log-likelihood of the held-out text, nats per token"]
+                + [f"{x:.3f}" for x in (exact.nll_plain, exact.nll_prompted, exact.nll_distilled)]
+            ],
+        ),  # fmt: skip
+        "![training loss and held-out KL](curve.png)",
+    ]
+    if lm.learned_positions():
+        parts.append(
+            "**Caution.** This model learns absolute positions, and the prompt moves every text by "
+            f"{manifest.prompt_tokens} of "
+            "them. Part of the KL above is that shift and not the prompt's meaning; check the distilled "
+            "model on a task."
+        )
+    parts += [
+        "## What was run",
+        _table(
+            ["", ""],
+            [
+                ["training text", f"{train_sequences} sequences, {train_tokens} tokens"],
+                [
+                    "held-out text",
+                    f"{manifest.num_held_out_sequences} sequences, {manifest.num_held_out_tokens} tokens",
+                ],
+                ["longest sequence", f"{int(store.lengths.max())} tokens"],
+                ["prompt", f"{manifest.prompt_tokens} tokens"],
+                [
+                    "teacher",
+                    f"top {manifest.k} and the rest, temperature {manifest.temperature:g}, "
+                    f"{manifest.logprob_dtype}",
+                ],
+                ["trained", f"{layers}, computed in {described['dtype']}, AdamW on float32 weights"],
+                ["loss", _loss_name(settings)],
+                [
+                    "schedule",
+                    f"{steps} steps, {settings['epochs']} epoch(s), {settings['batch_size']} sequences a "
+                    "step, "
+                    f"learning rate {settings['learning_rate']:g} falling linearly to 0",
+                ],
+            ],
+        ),  # fmt: skip
+        "## Cost",
+        _table(
+            ["", ""],
+            [
+                [
+                    "collect",
+                    "no log"
+                    if figures.collect_tokens_per_second is None
+                    else f"{figures.collect_tokens_per_second:.0f} tokens per second ({figures.collect_seconds:.0f} s)",
+                ],
+                [
+                    "train",
+                    f"{figures.train_tokens_per_second:.0f} tokens per second ({figures.train_seconds:.0f} "
+                    "s)",
+                ],
+                ["store", f"{figures.bytes_per_token:.0f} bytes per token"],
+                ["the loss and its gradient", f"{figures.loss_share:.1%} of a training step"],
+            ],
+        ),  # fmt: skip
+        f"The loss and its gradient alone, logits {figures.loss_rows} x {lm.vocab_size} in "
+        f"{described['dtype']} (one micro-batch),"
+        f" {torch.get_num_threads()} CPU threads, {lm.device.type}:",
+        _table(
+            ["", "time", "peak memory", "loss"],
+            [_cost_row("pyalign", figures.loss_pyalign), _cost_row("plain torch", figures.loss_torch)],
+        ),
+        "Peak memory is what a call and its gradient add to the process that holds the inputs, the gradient "
+        "included: on a "
+        "CPU the rise of the resident set's high-water mark, in a process of its own, on a GPU the rise in "
+        "torch's allocator.",
+        "## Samples",
+    ]
+    for sample in figures.samples:
+        parts.append(_quote(sample.text))
+        for name in ("plain", "prompted", "distilled"):
+            parts.append(f"*{name}*")
+            parts.append(_fence(getattr(sample, name)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _loss_name(settings: dict[str, Any]) -> str:
+    beta = f" (beta {settings['beta']:g})" if settings["divergence"] == "jsd" else ""
+    return f"`{settings['divergence']}`{beta}, tail `{settings['tail']}`"
+
+
+def _cost_row(name: str, cost: LossCost) -> list[str]:
+    memory = "not measured here" if cost.peak_bytes is None else f"{cost.peak_bytes / 2**20:.0f} MiB"
+    return [name, f"{cost.seconds * 1e3:.1f} ms", memory, f"{cost.loss:.6f}"]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _quote(text: str) -> str:
+    return "\n".join(f"> {line}".rstrip() + "  " if line else ">" for line in text.strip().splitlines())
+
+
+def _fence(text: str) -> str:
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}text\n{text}\n{fence}"
