@@ -1,0 +1,1083 @@
+# Kernels are typed by Triton when they are compiled; triton itself ships no annotations.
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false, reportUntypedFunctionDecorator=false
+"""Distillation losses and top-k extraction in Triton: the twin of ``csrc/common/distill.h``.
+
+With p = softmax(teacher / T), q = softmax(student / T) and d = log q - log p, a program walks its row to
+
+1. fold both sides into softmax states,
+2. sum the divergence's terms, which are >= 0 and small where p and q are close, and
+3. map every entry into the gradient: weight * upstream / denominator * d loss / d student.
+
+The last two are one walk where the gradient does not need the sums (forward KL).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pyalign._types import Options, Results, Rows, Tokens, rows
+from pyalign.kernels.common import (
+    COLUMNS_PER_THREAD,
+    INFINITY,
+    LOWEST,
+    NAN,
+    alignment,
+    check_dtype,
+    checked,
+    denominator_of,
+    exp_nonpositive,
+    expm1_nonpositive,
+    first_of,
+    fold,
+    fold_total,
+    in_series,
+    is_counted,
+    launch,
+    load_logits,
+    log1mexp,
+    log1p_nonpositive,
+    log_positive,
+    merge_lanes,
+    phi_series,
+    reduce_loss,
+    rescale,
+    row_arguments,
+    row_factor,
+    row_start,
+    threads,
+    token_arguments,
+    warp_size,
+)
+
+MAX_K = 256
+
+# Points: the teacher's and student's probability p and q of an entry, and d = log q - log p (0 where both are 0).
+
+
+@triton.jit
+def finish(student_max, student_total, teacher_max, teacher_total, inverse_temperature):
+    """What two finished states say about every entry of their rows, for ``point``.
+
+    Max and total stay apart: the difference of two log-sum-exps would carry the rounding of the logits' level. Where
+    the two rows lie on one level, s - t is subtracted first and is nearly exact; else each row's max goes first.
+    """
+    ratio = log_positive(tl.div_rn(student_total, teacher_total))
+    level = (student_max - teacher_max) * inverse_temperature + ratio
+    together = tl.abs(level) <= 1.0
+    student_origin = tl.where(together, 0.0, student_max)
+    teacher_origin = tl.where(together, 0.0, teacher_max)
+    log_ratio = tl.where(together, level, ratio)
+    student_side = (student_max, 1.0 / student_total, student_origin)
+    return student_side, (teacher_max, 1.0 / teacher_total, teacher_origin), log_ratio
+
+
+@triton.jit
+def point(student, teacher, pair, inverse_temperature):
+    student_side, teacher_side, log_ratio = pair
+    student_max, student_scale, student_origin = student_side
+    teacher_max, teacher_scale, teacher_origin = teacher_side
+    q = exp_nonpositive((student - student_max) * inverse_temperature) * student_scale
+    p = exp_nonpositive((teacher - teacher_max) * inverse_temperature) * teacher_scale
+    d = ((student - student_origin) - (teacher - teacher_origin)) * inverse_temperature - log_ratio
+    return p, q, tl.where(p + q == 0.0, 0.0, d)
+
+
+@triton.jit
+def weigh(probability, value):
+    """probability * value with 0 * inf = 0: a probability of zero weighs nothing."""
+    return tl.where(probability == 0.0, 0.0, probability * value)
+
+
+@triton.jit
+def probability_gap(p, q, d):
+    """q - p = p (e^d - 1), without cancellation where they are close."""
+    return tl.where(in_series(d), p * (d + phi_series(d)), q - p)
+
+
+@triton.jit
+def kl_term(weight, weighted, x):
+    """weight (e^x - 1 - x) where weight e^x = weighted: the summand of a KL."""
+    return tl.where(in_series(x), weight * phi_series(x), (weighted - weight) - weigh(weight, x))
+
+
+# Divergences D(p, q) = sum f(p, q):
+#   term   its summand in the non-negative form, and the row's aux (masses of p and q must each sum to 1);
+#   slope  dD/d(logit / T) of an entry, given the row's sums of loss and aux;
+#   plain  f(p, q) itself, and flow, q df/dq: for partial sums over some of the categories, whose gradient is
+#          flow_i - q_i sum_j flow_j.
+
+
+@triton.jit
+def mixture(p, q, d, beta):
+    """m = beta p + (1 - beta) q, log m/p and log m/q, expanded around the larger of p and q in log space."""
+    student_larger = d > 0.0
+    distance = tl.where(student_larger, -d, d)
+    weight = tl.where(student_larger, beta, 1.0 - beta)
+    log_m = log1p_nonpositive(weight * expm1_nonpositive(distance))  # log m / max(p, q)
+    m_over_p = log_m + tl.where(student_larger, d, 0.0)
+    m_over_q = log_m - tl.where(student_larger, 0.0, d)
+    return beta * p + (1.0 - beta) * q, m_over_p, m_over_q
+
+
+@triton.jit
+def term(p, q, d, beta, DIVERGENCE: tl.constexpr):
+    aux = tl.zeros_like(p)
+    if DIVERGENCE == "forward_kl":  # sum p (log p - log q)
+        loss = kl_term(p, q, d)
+    elif DIVERGENCE == "reverse_kl":  # sum q (log q - log p)
+        loss = kl_term(q, p, -d)
+    elif DIVERGENCE == "jsd":  # beta KL(p || m) + (1 - beta) KL(q || m)
+        m, m_over_p, m_over_q = mixture(p, q, d, beta)
+        aux = kl_term(q, m, m_over_q)
+        loss = beta * kl_term(p, m, m_over_p) + (1.0 - beta) * aux
+    else:
+        tl.static_assert(DIVERGENCE == "tvd")  # 1/2 sum |p - q|
+        loss = 0.5 * tl.abs(probability_gap(p, q, d))
+        aux = flow(p, q, d, beta, DIVERGENCE)
+    return loss, aux
+
+
+@triton.jit
+def slope(p, q, d, row_loss, row_aux, beta, DIVERGENCE: tl.constexpr):
+    if DIVERGENCE == "forward_kl":  # q - p
+        result = probability_gap(p, q, d)
+    elif DIVERGENCE == "reverse_kl":  # q (d - D)
+        result = weigh(q, d) - q * row_loss
+    elif DIVERGENCE == "jsd":  # (1 - beta) q (log q/m - KL(q || m))
+        result = flow(p, q, d, beta, DIVERGENCE) - (1.0 - beta) * (q * row_aux)
+    else:  # q (g - sum q g), g = 1/2 sign(q - p)
+        result = flow(p, q, d, beta, DIVERGENCE) - q * row_aux
+    return result
+
+
+@triton.jit
+def plain(p, q, d, beta, DIVERGENCE: tl.constexpr):
+    if DIVERGENCE == "forward_kl":
+        result = -weigh(p, d)
+    elif DIVERGENCE == "reverse_kl":
+        result = weigh(q, d)
+    elif DIVERGENCE == "jsd":
+        _, m_over_p, m_over_q = mixture(p, q, d, beta)
+        result = -beta * weigh(p, m_over_p) - (1.0 - beta) * weigh(q, m_over_q)
+    else:
+        result = 0.5 * tl.abs(probability_gap(p, q, d))
+    return result
+
+
+@triton.jit
+def flow(p, q, d, beta, DIVERGENCE: tl.constexpr):
+    if DIVERGENCE == "forward_kl":
+        result = -p
+    elif DIVERGENCE == "reverse_kl":
+        result = weigh(q, d + 1.0)
+    elif DIVERGENCE == "jsd":
+        _, _, m_over_q = mixture(p, q, d, beta)
+        result = (beta - 1.0) * weigh(q, m_over_q)
+    else:
+        gap = probability_gap(p, q, d)
+        result = tl.where(gap > 0.0, 0.5 * q, tl.where(gap < 0.0, -0.5 * q, 0.0 * gap))
+    return result
+
+
+def _map_needs_sums(divergence: str) -> bool:
+    """Whether ``slope`` reads the row's sums."""
+    return divergence != "forward_kl"
+
+
+# The hard term: cross-entropy of softmax(student) at temperature 1. A target of ignore_index asks for none, one out of
+# range makes its row NaN.
+
+
+@triton.jit
+def load_target(targets, row, student_row, vocab, ignore_index):
+    """(target or -1, its logit): the logit is NaN for a target out of range."""
+    target = tl.load(targets + row)
+    known = (target >= 0) & (target < vocab)
+    logit = tl.load(student_row + target, mask=known, other=NAN).to(tl.float32)
+    return tl.where(target == ignore_index, -1, target), tl.where(target == ignore_index, 0.0, logit)
+
+
+@triton.jit
+def hard_loss(target, logit, student_max, hard_total):
+    return tl.where(target == -1, 0.0, (student_max - logit) + log_positive(hard_total))
+
+
+@triton.jit
+def hard_slope(student, columns, target, logit, student_max, hard_total):
+    """softmax(student) - [column is the target]; NaN with the target's logit, 0 without a target."""
+    scale = tl.where(logit == logit, 1.0 / hard_total, NAN)
+    q = exp_nonpositive(student - student_max) * scale
+    return tl.where(target == -1, 0.0, q - tl.where(columns == target, 1.0, 0.0))
+
+
+@triton.jit
+def clear(pointer, width, BLOCK: tl.constexpr):
+    zero = tl.zeros((BLOCK,), pointer.dtype.element_ty)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        tl.store(pointer + columns, zero, mask=columns < width)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *(f"{matrix}_{part}" for matrix in ("student", "teacher", "gradient") for part in ("inner", "outer", "stride")),
+        *("teacher_count", "vocab", "limit", "width", "ignore_index"),
+    ]
+)
+def distill_kernel(
+    student,  # (N, V) rows, behind two leading strides
+    student_inner,
+    student_outer,
+    student_stride,
+    teacher,  # (teacher_count, V) rows
+    teacher_inner,
+    teacher_outer,
+    teacher_stride,
+    gradient,  # (N, width) rows, or None; may be the student
+    gradient_inner,
+    gradient_outer,
+    gradient_stride,
+    row_loss,  # (N,) float32, or None
+    entropy,  # (N,) float32, or None
+    agreement,  # (N,) uint8, or None
+    mask,  # (N,) or None
+    labels,  # (N,) or None
+    teacher_rows,  # (N,) or None
+    weight,  # (N,) float32, or None
+    targets,  # (N,) where HARD
+    upstream,  # () float32, (N,) where PER_ROW, or None
+    denominator,  # () float32, or None: count
+    count,
+    ignore_index,
+    teacher_count,
+    vocab,
+    limit,
+    width,
+    inverse_temperature,
+    soft_weight,
+    soft_slope,  # of d divergence / d (student / T)
+    hard_weight,
+    beta,
+    DIVERGENCE: tl.constexpr,
+    MAP_NEEDS_SUMS: tl.constexpr,
+    HARD: tl.constexpr,  # with a hard term
+    WARM: tl.constexpr,  # T is not 1: the hard term needs its own total
+    PER_ROW: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    limit = tl.multiple_of(limit, ALIGN)
+    width = tl.multiple_of(width, ALIGN)
+    student_row = student + row_start(row, student_inner, student_outer, student_stride, ALIGN)
+    if gradient is not None:
+        gradient_row = gradient + row_start(row, gradient_inner, gradient_outer, gradient_stride, ALIGN)
+
+    if is_counted(row, row >= 0, mask, labels, teacher_rows, ignore_index):
+        # A teacher row that does not exist is not read: it stays a row of -inf, and the loss is NaN.
+        teacher_number = row
+        if teacher_rows is not None:
+            teacher_number = tl.load(teacher_rows + row)
+        exists = teacher_number < teacher_count
+        teacher_limit = tl.multiple_of(tl.where(exists, limit, 0), ALIGN)
+        teacher_number = tl.where(exists, teacher_number, 0)
+        teacher_row = teacher + row_start(teacher_number, teacher_inner, teacher_outer, teacher_stride, ALIGN)
+        if HARD:
+            target, target_logit = load_target(targets, row, student_row, vocab, ignore_index)
+
+        # Fold
+        student_best = tl.full((BLOCK,), -INFINITY, tl.float32)
+        teacher_best = tl.full((BLOCK,), -INFINITY, tl.float32)
+        student_total = tl.zeros((BLOCK,), tl.float32)
+        teacher_total = tl.zeros((BLOCK,), tl.float32)
+        hard_total = tl.zeros((BLOCK,), tl.float32)
+        student_first = lanes
+        teacher_first = lanes
+        for start in range(0, vocab, BLOCK):
+            columns = start + lanes
+            s = load_logits(student_row, columns, vocab, limit)
+            t = load_logits(teacher_row, columns, vocab, teacher_limit)
+            if HARD and WARM:
+                hard_total = fold_total(student_best, hard_total, s, 1.0)
+            student_best, student_first, student_total = fold(
+                student_best, student_first, student_total, s, columns, inverse_temperature
+            )
+            teacher_best, teacher_first, teacher_total = fold(
+                teacher_best, teacher_first, teacher_total, t, columns, inverse_temperature
+            )
+        student_max = tl.max(student_best, 0)
+        teacher_max = tl.max(teacher_best, 0)
+        student_sum = checked(student_max, merge_lanes(student_best, student_total, student_max, inverse_temperature))
+        teacher_sum = checked(teacher_max, merge_lanes(teacher_best, teacher_total, teacher_max, inverse_temperature))
+        hard_sum = student_sum
+        if HARD and WARM:
+            hard_sum = checked(student_max, merge_lanes(student_best, hard_total, student_max, 1.0))
+        if agreement is not None:
+            agree = first_of(student_best, student_first, student_max) == first_of(
+                teacher_best, teacher_first, teacher_max
+            )
+            agree = agree & (student_sum == student_sum) & (teacher_sum == teacher_sum)
+            tl.store(agreement + row, agree.to(tl.uint8))
+        pair = finish(student_max, student_sum, teacher_max, teacher_sum, inverse_temperature)
+
+        # Sum
+        losses = tl.zeros((BLOCK,), tl.float32)
+        auxes = tl.zeros((BLOCK,), tl.float32)
+        surprise = tl.zeros((BLOCK,), tl.float32)  # q (max - s) / T
+        loss = 0.0
+        aux = 0.0
+        blocks = tl.cdiv(vocab, BLOCK)
+        if MAP_NEEDS_SUMS or gradient is None:
+            for i in range(0, blocks):
+                columns = (blocks - 1 - i) * BLOCK + lanes
+                s = load_logits(student_row, columns, vocab, limit)
+                t = load_logits(teacher_row, columns, vocab, teacher_limit)
+                p, q, d = point(s, t, pair, inverse_temperature)
+                term_loss, term_aux = term(p, q, d, beta, DIVERGENCE)
+                losses += term_loss
+                auxes += term_aux
+                if entropy is not None:
+                    surprise += weigh(q, (student_max - s) * inverse_temperature)
+            loss = tl.sum(losses, 0)
+            aux = tl.sum(auxes, 0)
+
+        # Map
+        if gradient is not None:
+            factor = row_factor(row, weight, upstream, denominator, count, PER_ROW)
+            blocks = tl.cdiv(width, BLOCK)
+            for i in range(0, blocks):
+                if MAP_NEEDS_SUMS:
+                    columns = i * BLOCK + lanes
+                else:
+                    columns = (blocks - 1 - i) * BLOCK + lanes
+                s = load_logits(student_row, columns, vocab, limit)
+                t = load_logits(teacher_row, columns, vocab, teacher_limit)
+                p, q, d = point(s, t, pair, inverse_temperature)
+                derivative = slope(p, q, d, loss, aux, beta, DIVERGENCE) * soft_slope
+                if HARD:
+                    derivative = tl.where(soft_slope == 0.0, 0.0, derivative) + hard_weight * hard_slope(
+                        s, columns, target, target_logit, student_max, hard_sum
+                    )
+                value = tl.where(columns < vocab, derivative * factor, 0.0)
+                tl.store(gradient_row + columns, value.to(gradient.dtype.element_ty), mask=columns < width)
+                if not MAP_NEEDS_SUMS:
+                    term_loss, term_aux = term(p, q, d, beta, DIVERGENCE)
+                    losses += term_loss
+                    if entropy is not None:
+                        surprise += weigh(q, (student_max - s) * inverse_temperature)
+            if not MAP_NEEDS_SUMS:
+                loss = tl.sum(losses, 0)
+
+        if row_loss is not None:
+            result = soft_weight * loss
+            if HARD:
+                result = tl.where(soft_weight == 0.0, 0.0, result) + hard_weight * hard_loss(
+                    target, target_logit, student_max, hard_sum
+                )
+            if weight is not None:
+                result *= tl.load(weight + row)
+            tl.store(row_loss + row, result)
+        if entropy is not None:
+            tl.store(entropy + row, log_positive(student_sum) + tl.sum(surprise, 0))
+    else:
+        if gradient is not None:
+            clear(gradient_row, width, BLOCK)
+        if row_loss is not None:
+            tl.store(row_loss + row, 0.0)
+        if entropy is not None:
+            tl.store(entropy + row, 0.0)
+        if agreement is not None:
+            tl.store(agreement + row, 0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *(f"{matrix}_{part}" for matrix in ("student", "gradient") for part in ("inner", "outer", "stride")),
+        *("teacher_count", "k", "vocab", "limit", "width", "ignore_index"),
+    ]
+)
+def topk_distill_kernel(
+    student,  # (N, V) rows, behind two leading strides
+    student_inner,
+    student_outer,
+    student_stride,
+    logprobs,  # (teacher_count, k)
+    indices,  # (teacher_count, k), -1 where there is no entry
+    ordered,  # (teacher_count, k) indices, ascending in each row
+    residual,  # (teacher_count,) or None
+    gradient,  # (N, width) rows, or None; may be the student. Entries of the set get their gradient by scatter_kernel
+    gradient_inner,
+    gradient_outer,
+    gradient_stride,
+    entry_gradient,  # (N, k) float32: the gradients of the entries; where gradient is not None
+    row_loss,  # (N,) float32, or None
+    entropy,  # (N,) float32, or None
+    agreement,  # (N,) uint8, or None
+    mask,  # (N,) or None
+    labels,  # (N,) or None
+    teacher_rows,  # (N,) or None
+    weight,  # (N,) float32, or None
+    targets,  # (N,) where HARD
+    upstream,  # () float32, (N,) where PER_ROW, or None
+    denominator,  # () float32, or None: count
+    count,
+    ignore_index,
+    teacher_count,
+    k,
+    vocab,
+    limit,
+    width,
+    inverse_temperature,
+    soft_weight,
+    soft_slope,
+    hard_weight,
+    beta,
+    DIVERGENCE: tl.constexpr,
+    TAIL: tl.constexpr,
+    HARD: tl.constexpr,
+    WARM: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ENTRIES: tl.constexpr,  # k up to a power of two
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    limit = tl.multiple_of(limit, ALIGN)
+    width = tl.multiple_of(width, ALIGN)
+    student_row = student + row_start(row, student_inner, student_outer, student_stride, ALIGN)
+    if gradient is not None:
+        gradient_row = gradient + row_start(row, gradient_inner, gradient_outer, gradient_stride, ALIGN)
+
+    if is_counted(row, row >= 0, mask, labels, teacher_rows, ignore_index):
+        teacher_number = row
+        if teacher_rows is not None:
+            teacher_number = tl.load(teacher_rows + row)
+        exists = teacher_number < teacher_count
+        teacher_number = tl.where(exists, teacher_number, 0)
+        if HARD:
+            target, target_logit = load_target(targets, row, student_row, vocab, ignore_index)
+
+        # The teacher's entries, and what they say is wrong: an index out of range, or one that stands twice.
+        entry = tl.arange(0, ENTRIES)
+        place = teacher_number * k + entry
+        known = tl.where(exists, k, 0)  # entries that may be read
+        inside = entry < known
+        index = tl.load(indices + place, mask=inside, other=-1).to(tl.int64)
+        present = index != -1
+        readable = (index >= 0) & (index < vocab)
+        here = tl.load(ordered + place, mask=inside, other=-1)
+        after = tl.load(ordered + place + 1, mask=entry + 1 < known, other=-1)
+        wrong = (present & (readable == 0)) | ((here == after) & (here >= 0))
+        sound = exists & (tl.sum(wrong.to(tl.int32), 0) == 0)
+        entry_p = tl.load(logprobs + place, mask=inside & present, other=-INFINITY).to(tl.float32)  # log p
+        entry_s = tl.load(student_row + index, mask=readable, other=-INFINITY).to(tl.float32)
+        entry_max = tl.max(entry_s, 0)
+
+        # Fold the row, without the set where the rest is a category of its own.
+        best = tl.full((BLOCK,), -INFINITY, tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        hard_total = tl.zeros((BLOCK,), tl.float32)
+        first = lanes
+        if TAIL != "renormalize" or HARD or entropy is not None or agreement is not None:
+            next_place = teacher_number * k
+            last_place = next_place + known
+            member = tl.load(ordered + next_place, mask=exists, other=0x7FFFFFFF).to(tl.int64)
+            for start in range(0, vocab, BLOCK):
+                columns = start + lanes
+                s = load_logits(student_row, columns, vocab, limit)
+                if TAIL == "bucket":
+                    while member < start + BLOCK:
+                        s = tl.where(columns == member, -INFINITY, s)
+                        next_place += 1
+                        member = tl.load(ordered + next_place, mask=next_place < last_place, other=0x7FFFFFFF)
+                        member = member.to(tl.int64)
+                if HARD and WARM:
+                    hard_total = fold_total(best, hard_total, s, 1.0)
+                best, first, total = fold(best, first, total, s, columns, inverse_temperature)
+        rest_max = tl.max(best, 0)
+        rest_sum = merge_lanes(best, total, rest_max, inverse_temperature)
+        hard_sum = merge_lanes(best, hard_total, rest_max, 1.0)
+
+        # Join the two parts of the row: student_max and student_sum are of what the losses' q is normalised over,
+        # row_max and row_sum of the whole row.
+        row_max = rest_max
+        row_sum = rest_sum
+        if TAIL == "bucket":
+            row_max = tl.maximum(rest_max, entry_max)
+            row_sum = rest_sum * rescale(rest_max, row_max, inverse_temperature)
+            row_sum += tl.sum(exp_nonpositive((entry_s - row_max) * inverse_temperature), 0)
+            if HARD and WARM:
+                hard_sum = hard_sum * rescale(rest_max, row_max, 1.0)
+                hard_sum += tl.sum(exp_nonpositive(entry_s - row_max), 0)
+        row_sum = checked(row_max, row_sum)
+        if HARD and WARM:
+            hard_sum = checked(row_max, hard_sum)
+        else:
+            hard_sum = row_sum
+        student_max = row_max
+        student_sum = row_sum
+        if TAIL == "renormalize":
+            student_max = entry_max
+            student_sum = checked(
+                entry_max, tl.sum(exp_nonpositive((entry_s - entry_max) * inverse_temperature), 0)
+            )
+
+        # Categories: z = (student - student_max) / T beside log p, as logits at temperature 1.
+        entry_z = (entry_s - student_max) * inverse_temperature
+        rest_z = -INFINITY
+        rest_p = -INFINITY
+        teacher_max = 0.0
+        teacher_sum = 1.0
+        if TAIL != "drop":
+            teacher_max = tl.max(entry_p, 0)
+            teacher_sum = tl.sum(exp_nonpositive(entry_p - tl.maximum(teacher_max, LOWEST)), 0)
+            if TAIL == "bucket":
+                rest_z = tl.where(rest_sum == 0.0, -INFINITY, (rest_max - row_max) * inverse_temperature)
+                rest_z += tl.where(rest_sum == 0.0, 0.0, log_positive(rest_sum))
+                if residual is not None:
+                    rest_p = tl.load(residual + teacher_number, mask=exists, other=NAN).to(tl.float32)
+                else:
+                    rest_p = log1mexp(teacher_max + log_positive(teacher_sum))
+                entries_max = tl.maximum(teacher_max, LOWEST)
+                teacher_max = tl.maximum(teacher_max, rest_p)
+                teacher_sum = teacher_sum * exp_nonpositive(entries_max - tl.maximum(teacher_max, LOWEST))
+                teacher_sum += exp_nonpositive(rest_p - teacher_max)
+            teacher_sum = checked(teacher_max, teacher_sum)
+            if TAIL == "renormalize":
+                # No entry at all: nothing to compare.
+                empty = sound & (tl.sum(present.to(tl.int32), 0) == 0)
+                student_sum = tl.where(empty, 1.0, student_sum)
+                teacher_sum = tl.where(empty, 1.0, teacher_sum)
+                student_max = tl.where(empty, 0.0, student_max)
+                teacher_max = tl.where(empty, 0.0, teacher_max)
+                entry_z = tl.where(empty, -INFINITY, entry_z)
+        student_sum = tl.where(sound, student_sum, NAN)
+        pair = finish(0.0, student_sum, teacher_max, teacher_sum, 1.0)
+        p, q, d = point(entry_z, entry_p, pair, 1.0)
+        if TAIL == "drop":
+            loss = tl.sum(plain(p, q, d, beta, DIVERGENCE), 0)
+            flows = tl.where(present, flow(p, q, d, beta, DIVERGENCE), 0.0)
+            total_flow = tl.sum(flows, 0)
+            entry_slope = flows - q * total_flow
+            outside = -total_flow / student_sum
+            outside_max = student_max
+        else:
+            losses, auxes = term(p, q, d, beta, DIVERGENCE)
+            loss = tl.sum(losses, 0)
+            aux = tl.sum(auxes, 0)
+            outside = 0.0 * student_sum
+            outside_max = row_max
+            if TAIL == "bucket":
+                rest_point_p, rest_point_q, rest_point_d = point(rest_z, rest_p, pair, 1.0)
+                rest_loss, rest_aux = term(rest_point_p, rest_point_q, rest_point_d, beta, DIVERGENCE)
+                loss += rest_loss
+                aux += rest_aux
+                rest_slope = slope(rest_point_p, rest_point_q, rest_point_d, loss, aux, beta, DIVERGENCE)
+                outside = tl.where(rest_sum == 0.0, 0.0 * student_sum, rest_slope / rest_sum)
+                outside_max = rest_max
+            entry_slope = slope(p, q, d, loss, aux, beta, DIVERGENCE)
+
+        outside_max = tl.maximum(outside_max, LOWEST)
+
+        # Metrics, before the gradient may replace the logits
+        if agreement is not None:
+            student_top = first_of(best, first, row_max)
+            if TAIL == "bucket":
+                student_top = tl.minimum(
+                    student_top, tl.min(tl.where(readable & (entry_s == row_max), index, 0x7FFFFFFF), 0)
+                )
+            top_entry = tl.min(tl.where(entry_p == tl.max(entry_p, 0), entry, ENTRIES), 0)
+            teacher_top = tl.sum(tl.where(entry == top_entry, index, 0), 0)
+            agree = (student_top == teacher_top) & (row_sum == row_sum)
+            tl.store(agreement + row, agree.to(tl.uint8))
+        if entropy is not None:
+            surprise = tl.zeros((BLOCK,), tl.float32)
+            blocks = tl.cdiv(vocab, BLOCK)
+            for i in range(0, blocks):
+                columns = (blocks - 1 - i) * BLOCK + lanes
+                s = load_logits(student_row, columns, vocab, limit)
+                z = (s - row_max) * inverse_temperature
+                surprise -= weigh(exp_nonpositive(z), z)
+            tl.store(entropy + row, log_positive(row_sum) + tl.sum(surprise, 0) / row_sum)
+
+        # Map
+        if gradient is not None:
+            factor = row_factor(row, weight, upstream, denominator, count, PER_ROW)
+            entry_slope = entry_slope * soft_slope
+            if HARD:
+                entry_slope = tl.where(soft_slope == 0.0, 0.0, entry_slope) + hard_weight * hard_slope(
+                    entry_s, index, target, target_logit, row_max, hard_sum
+                )
+            tl.store(entry_gradient + row * k + entry, entry_slope * factor, mask=entry < k)
+            blocks = tl.cdiv(width, BLOCK)
+            for i in range(0, blocks):
+                columns = (blocks - 1 - i) * BLOCK + lanes
+                s = load_logits(student_row, columns, vocab, limit)
+                if TAIL == "renormalize":
+                    derivative = tl.zeros_like(s) + outside
+                else:
+                    rest_q = exp_nonpositive((s - outside_max) * inverse_temperature)
+                    derivative = outside * rest_q * soft_slope
+                if HARD:
+                    derivative = tl.where(soft_slope == 0.0, 0.0, derivative) + hard_weight * hard_slope(
+                        s, columns, target, target_logit, row_max, hard_sum
+                    )
+                value = tl.where(columns < vocab, derivative * factor, 0.0)
+                tl.store(gradient_row + columns, value.to(gradient.dtype.element_ty), mask=columns < width)
+
+        if row_loss is not None:
+            result = soft_weight * loss
+            if HARD:
+                result = tl.where(soft_weight == 0.0, 0.0, result) + hard_weight * hard_loss(
+                    target, target_logit, row_max, hard_sum
+                )
+            if weight is not None:
+                result *= tl.load(weight + row)
+            tl.store(row_loss + row, result)
+    else:
+        if gradient is not None:
+            clear(gradient_row, width, BLOCK)
+        if row_loss is not None:
+            tl.store(row_loss + row, 0.0)
+        if entropy is not None:
+            tl.store(entropy + row, 0.0)
+        if agreement is not None:
+            tl.store(agreement + row, 0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "gradient_inner",
+        "gradient_outer",
+        "gradient_stride",
+        "teacher_count",
+        "k",
+        "vocab",
+        "ignore_index",
+    ]
+)
+def scatter_kernel(
+    gradient,  # (N, width) rows
+    gradient_inner,
+    gradient_outer,
+    gradient_stride,
+    entry_gradient,  # (N, k) float32
+    indices,  # (teacher_count, k)
+    mask,  # (N,) or None
+    labels,  # (N,) or None
+    teacher_rows,  # (N,) or None
+    ignore_index,
+    teacher_count,
+    k,
+    vocab,
+    ENTRIES: tl.constexpr,
+):
+    """Writes the gradients of the teacher's entries over what topk_distill_kernel left there.
+
+    A kernel of its own: within one, not every GPU orders two threads' writes to one address.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    if is_counted(row, row >= 0, mask, labels, teacher_rows, ignore_index):
+        teacher_number = row
+        if teacher_rows is not None:
+            teacher_number = tl.load(teacher_rows + row)
+        entry = tl.arange(0, ENTRIES)
+        inside = entry < tl.where(teacher_number < teacher_count, k, 0)
+        index = tl.load(indices + teacher_number * k + entry, mask=inside, other=-1).to(tl.int64)
+        value = tl.load(entry_gradient + row * k + entry, mask=inside, other=0.0)
+        gradient_row = gradient + row_start(row, gradient_inner, gradient_outer, gradient_stride, 1)
+        tl.store(gradient_row + index, value.to(gradient.dtype.element_ty), mask=(index >= 0) & (index < vocab))
+
+
+# Top-k extraction. Entries are ordered by key: larger logits first, of equals the lower index. A block's lane takes
+# every BLOCK-th column, and the k largest entries stand in the k lanes whose largest entries have the largest keys.
+# So one walk folds the lanes; the states of all others are the tail; and of the k lanes, k * V / BLOCK candidates,
+# what is not among the k largest joins the tail.
+
+INDEX_BITS = tl.constexpr(18)
+INDEX_MASK = tl.constexpr((1 << 18) - 1)
+
+
+@triton.jit
+def key_of(value, index, DROPPED_BITS: tl.constexpr):
+    """int64 >= 0, larger for larger values and, of equals, for lower indices.
+
+    DROPPED_BITS of a float are always the same in the logits' own dtype. NaN counts as -inf.
+    """
+    value = tl.where(value == 0.0, 0.0, tl.where(value == value, value, -INFINITY))  # -0 equals 0
+    bits = value.to(tl.int32, bitcast=True)
+    rank = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648
+    return ((rank >> DROPPED_BITS) << INDEX_BITS) | (index ^ INDEX_MASK)
+
+
+@triton.jit
+def kth_largest(keys, k, BITS: tl.constexpr):
+    """The largest threshold that at least k of the distinct ``keys`` reach (-1 stands for no key), bit by bit."""
+    threshold = tl.sum(keys * 0, 0)
+    step = (threshold + 1) << (BITS - 1)
+    reach = tl.sum((keys >= 0).to(tl.int32), 0)
+    while (step > 0) & (reach != k):
+        trial = threshold + step
+        n = tl.sum((keys >= trial).to(tl.int32), 0)
+        reach = tl.where(n >= k, n, reach)
+        threshold = tl.where(n >= k, trial, threshold)
+        step = step >> 1
+    return threshold
+
+
+@triton.jit(do_not_specialize=["logits_inner", "logits_outer", "logits_stride", "k", "vocab", "limit"])
+def lanes_kernel(
+    logits,  # (N, V) rows
+    logits_inner,
+    logits_outer,
+    logits_stride,
+    chosen,  # (N, k) int32: the lanes that hold the k largest entries
+    states,  # (N, 4) float32: max and total of the row, and of the lanes not chosen
+    k,
+    vocab,
+    limit,
+    inverse_temperature,
+    DROPPED_BITS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    limit = tl.multiple_of(limit, ALIGN)
+    logits_row = logits + row_start(row, logits_inner, logits_outer, logits_stride, ALIGN)
+
+    best = tl.full((BLOCK,), -INFINITY, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    first = lanes
+    for start in range(0, vocab, BLOCK):
+        columns = start + lanes
+        x = load_logits(logits_row, columns, vocab, limit)
+        best, first, total = fold(best, first, total, x, columns, inverse_temperature)
+    row_max = tl.max(best, 0)
+    row_sum = checked(row_max, merge_lanes(best, total, row_max, inverse_temperature))
+
+    keys = tl.where(lanes < vocab, key_of(best, first, DROPPED_BITS), -1)
+    threshold = kth_largest(keys, k, 32 - DROPPED_BITS + INDEX_BITS)
+    taken = keys >= threshold
+    place = tl.cumsum(taken.to(tl.int32), 0) - 1
+    tl.store(chosen + row * k + place, lanes, mask=taken & (place < k))
+
+    rest = tl.where(taken, -INFINITY, best)
+    rest_max = tl.max(rest, 0)
+    rest_sum = merge_lanes(rest, tl.where(taken, 0.0, total), rest_max, inverse_temperature)
+    tl.store(states + row * 4, row_max)
+    tl.store(states + row * 4 + 1, row_sum)
+    tl.store(states + row * 4 + 2, rest_max)
+    tl.store(states + row * 4 + 3, rest_sum)
+
+
+@triton.jit(do_not_specialize=["logits_inner", "logits_outer", "logits_stride", "k", "vocab"])
+def select_kernel(
+    logits,  # (N, V) rows
+    logits_inner,
+    logits_outer,
+    logits_stride,
+    chosen,  # (N, k) int32
+    states,  # (N, 4) float32
+    logprobs,  # (N, k) float32
+    indices,  # (N, k) int64
+    residual,  # (N,) float32
+    k,
+    vocab,
+    inverse_temperature,
+    DROPPED_BITS: tl.constexpr,
+    BLOCK: tl.constexpr,  # of lanes_kernel
+    DEPTH: tl.constexpr,  # columns of a lane, up to a power of two
+    ENTRIES: tl.constexpr,  # k up to a power of two
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_row = logits + row_start(row, logits_inner, logits_outer, logits_stride, 1)
+    row_max = tl.load(states + row * 4)
+    row_sum = tl.load(states + row * 4 + 1)
+    rest_max = tl.load(states + row * 4 + 2)
+    rest_sum = tl.load(states + row * 4 + 3)
+
+    candidate = tl.arange(0, ENTRIES * DEPTH)
+    slot = candidate // DEPTH
+    lane = tl.load(chosen + row * k + slot, mask=slot < k, other=0)
+    column = lane + (candidate % DEPTH) * BLOCK
+    inside = (slot < k) & (column < vocab)
+    x = tl.load(logits_row + column, mask=inside, other=-INFINITY).to(tl.float32)
+    keys = tl.where(inside, key_of(x, column, DROPPED_BITS), -1)
+
+    top = tl.topk(keys, ENTRIES)
+    entry = tl.arange(0, ENTRIES)
+    index = ((top & INDEX_MASK) ^ INDEX_MASK).to(tl.int32)
+    value = tl.load(logits_row + index, mask=entry < k, other=-INFINITY).to(tl.float32)
+    log_sum = log_positive(row_sum)
+    tl.store(logprobs + row * k + entry, (value - row_max) * inverse_temperature - log_sum, mask=entry < k)
+    tl.store(indices + row * k + entry, index.to(tl.int64), mask=entry < k)
+
+    last = tl.sum(tl.where(entry == k - 1, top, 0), 0)
+    evicted = tl.where(inside & (keys < last), x, -INFINITY)
+    evicted_max = tl.max(evicted, 0)
+    tail_max = tl.maximum(rest_max, evicted_max)
+    tail_sum = rest_sum * rescale(rest_max, tail_max, inverse_temperature)
+    tail_sum += tl.sum(exp_nonpositive((evicted - tl.maximum(tail_max, LOWEST)) * inverse_temperature), 0)
+    tail = (tail_max - row_max) * inverse_temperature + (log_positive(tail_sum) - log_sum)
+    tl.store(residual + row, tl.where((tail_sum == 0.0) & (row_sum == row_sum), -INFINITY, tail))
+
+
+@triton.jit(do_not_specialize=["x_inner", "x_outer", "x_stride", "width", "chunks"])
+def scale_kernel(
+    x,  # (N, width) rows
+    x_inner,
+    x_outer,
+    x_stride,
+    factor,  # () float32
+    width,
+    chunks,  # programs of a row
+    ALIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    by = tl.load(factor)
+    if by != 1.0:
+        program = tl.program_id(0).to(tl.int64)
+        width = tl.multiple_of(width, ALIGN)
+        x_row = x + row_start(program // chunks, x_inner, x_outer, x_stride, ALIGN)
+        columns = program % chunks * BLOCK + tl.arange(0, BLOCK)
+        inside = columns < width
+        value = tl.load(x_row + columns, mask=inside, other=0.0).to(tl.float32) * by
+        tl.store(x_row + columns, value.to(x.dtype.element_ty), mask=inside)
+
+
+# Engine functions
+
+
+def distill(
+    student: Tensor,
+    teacher: Tensor,
+    tokens: Tokens,
+    options: Options,
+    *,
+    gradient: Tensor | None,
+    want_loss: bool,
+    want_metrics: bool,
+) -> Results:
+    """Divergence between softmax(teacher / T) and softmax(student / T) per row, plus the hard term.
+
+    student (..., V_s) and teacher (..., V_t), of float32, bfloat16 or float16, are cut to their first
+    ``options.vocab`` entries. ``gradient`` is of the student's shape and dtype, written in full, and may be the
+    student. Returns losses and metrics in float32.
+    """
+    check_dtype("student_logits", student)
+    check_dtype("teacher_logits", teacher)
+    call = _Call(student, rows(teacher), tokens, options, gradient, want_loss, want_metrics)
+    launch(
+        distill_kernel,
+        call.student.count,
+        call.warps,
+        **call.arguments,
+        **row_arguments("teacher", call.teacher),
+        teacher_count=call.teacher.count,
+        MAP_NEEDS_SUMS=_map_needs_sums(options.divergence),
+    )
+    return call.results()
+
+
+def topk_distill(
+    student: Tensor,
+    logprobs: Tensor,
+    indices: Tensor,
+    residual: Tensor | None,
+    tail: str,
+    tokens: Tokens,
+    options: Options,
+    *,
+    gradient: Tensor | None,
+    want_loss: bool,
+    want_metrics: bool,
+) -> Results:
+    """Divergence over the teacher's k entries and, for ``tail="bucket"``, all the rest as one category.
+
+    student (..., V); logprobs and indices (..., k); residual (...). A row with an index twice or out of range is NaN.
+    The rest's mass is folded over the entries outside the set: their indices are sorted, and each block of the row
+    takes out its own.
+    """
+    check_dtype("student_logits", student)
+    k = indices.shape[-1]
+    logprobs, indices = logprobs.reshape(-1, k).contiguous(), indices.reshape(-1, k).contiguous()
+    call = _Call(student, None, tokens, options, gradient, want_loss, want_metrics)
+    count, device = call.student.count, student.device
+    entry_gradient = None if gradient is None else torch.empty((count, k), dtype=torch.float32, device=device)
+    shared = {"teacher_count": indices.shape[0], "k": k, "ENTRIES": triton.next_power_of_2(max(k, 16))}
+    launch(
+        topk_distill_kernel,
+        count,
+        call.warps,
+        **call.arguments,
+        **shared,
+        logprobs=logprobs,
+        indices=indices,
+        ordered=indices.sort(-1).values,
+        residual=None if residual is None else residual.reshape(-1).contiguous(),
+        entry_gradient=entry_gradient,
+        TAIL=tail,
+    )
+    if call.gradient is not None:
+        launch(
+            scatter_kernel,
+            count,
+            1,
+            **row_arguments("gradient", call.gradient),
+            **token_arguments(tokens),
+            **shared,
+            entry_gradient=entry_gradient,
+            indices=indices,
+            ignore_index=tokens.ignore_index,
+            vocab=options.vocab,
+        )
+    return call.results()
+
+
+def topk(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest log-probs of softmax(logits / T) per row, their indices, and the log of the remaining mass.
+
+    logits (..., V) with k <= 256 and V <= 262144. Returns (N, k) float32, largest first, equals by lowest index;
+    (N, k) int64; and (N,) float32, by log-sum-exp over the entries outside.
+    """
+    check_dtype("logits", logits)
+    vocab = logits.shape[-1]
+    if not 0 < k <= min(MAX_K, vocab):
+        raise ValueError(f"k: got {k} for logits with {vocab} entries; wanted 1 <= k <= {min(MAX_K, vocab)}")
+    if vocab > 1 << INDEX_BITS.value:
+        raise ValueError(f"logits: got {vocab} entries per row; top-k extraction takes up to {1 << INDEX_BITS.value}")
+    matrix, device = rows(logits), logits.device
+    count = matrix.count
+    logprobs = torch.empty((count, k), dtype=torch.float32, device=device)
+    indices = torch.empty((count, k), dtype=torch.int64, device=device)
+    residual = torch.empty(count, dtype=torch.float32, device=device)
+    chosen = torch.empty((count, k), dtype=torch.int32, device=device)
+    states = torch.empty((count, 4), dtype=torch.float32, device=device)
+    align, limit = alignment(vocab, [vocab], [matrix], None)
+    block = threads(vocab) * COLUMNS_PER_THREAD
+    entries, depth = triton.next_power_of_2(max(k, 16)), triton.next_power_of_2(triton.cdiv(vocab, block))
+    shared = {
+        **row_arguments("logits", matrix),
+        "chosen": chosen,
+        "states": states,
+        "k": k,
+        "vocab": vocab,
+        "inverse_temperature": 1.0 / temperature,
+        "DROPPED_BITS": {torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0),
+        "BLOCK": block,
+    }
+    launch(lanes_kernel, count, threads(vocab) // warp_size(device), **shared, limit=limit, ALIGN=align)
+    launch(
+        select_kernel,
+        count,
+        min(16, max(1, entries * depth // (COLUMNS_PER_THREAD * warp_size(device)))),
+        **shared,
+        logprobs=logprobs,
+        indices=indices,
+        residual=residual,
+        DEPTH=depth,
+        ENTRIES=entries,
+    )
+    return logprobs, indices, residual
+
+
+def scale(x: Tensor, factor: Tensor) -> None:
+    """x *= factor, a () float32 tensor on the device; returns at once, there, when it is 1."""
+    check_dtype("x", x)
+    if x.numel() == 0:
+        return
+    matrix, width = rows(x), x.shape[-1]
+    if x.is_contiguous():
+        matrix, width = Rows(x, 1, 1, 0, 0), x.numel()
+    align, _ = alignment(width, [width], [matrix], width)
+    block = 256 * COLUMNS_PER_THREAD
+    chunks = triton.cdiv(width, block)
+    launch(
+        scale_kernel,
+        matrix.count * chunks,
+        256 // warp_size(x.device),
+        **row_arguments("x", matrix),
+        factor=factor,
+        width=width,
+        chunks=chunks,
+        ALIGN=align,
+        BLOCK=block,
+    )
+
+
+class _Call:
+    """What the two losses share: outputs, and the arguments that both kernels take."""
+
+    def __init__(
+        self,
+        student: Tensor,
+        teacher: Rows | None,
+        tokens: Tokens,
+        options: Options,
+        gradient: Tensor | None,
+        want_loss: bool,
+        want_metrics: bool,
+    ):
+        self.student = rows(student)
+        self.gradient = None if gradient is None else rows(gradient)
+        self.teacher = rows(student) if teacher is None else teacher
+        self.tokens = tokens
+        count, device, width = self.student.count, student.device, student.shape[-1]
+        self.denominator, self.count = denominator_of(tokens, count, device)
+        self.row_loss = self.entropy = self.agreement = None
+        if want_loss:
+            self.row_loss = torch.empty(count, dtype=torch.float32, device=device)
+        if want_metrics:
+            self.entropy = torch.empty(count, dtype=torch.float32, device=device)
+            self.agreement = torch.empty(count, dtype=torch.bool, device=device)
+
+        matrices = [self.student, self.teacher] + ([self.gradient] if self.gradient else [])
+        widths = [width, self.teacher.tensor.shape[-1]]
+        align, limit = alignment(options.vocab, widths, matrices, width if self.gradient else None)
+        per_program = threads(options.vocab)
+        self.warps = per_program // warp_size(device)
+        soft_weight = (1.0 - options.hard_weight) * (options.temperature**2 if options.temperature_squared else 1.0)
+        self.arguments: dict[str, Any] = {
+            **row_arguments("student", self.student),
+            **row_arguments("gradient", self.gradient or Rows(student, 0, 1, 0, 0)),
+            **token_arguments(tokens),
+            "row_loss": self.row_loss,
+            "entropy": self.entropy,
+            "agreement": None if self.agreement is None else self.agreement.view(torch.uint8),
+            "weight": tokens.weight,
+            "targets": tokens.targets,
+            "upstream": tokens.upstream,
+            "denominator": self.denominator,
+            "count": self.count,
+            "ignore_index": tokens.ignore_index,
+            "vocab": options.vocab,
+            "limit": limit,
+            "width": width,
+            "inverse_temperature": 1.0 / options.temperature,
+            "soft_weight": soft_weight,
+            "soft_slope": soft_weight / options.temperature,
+            "hard_weight": options.hard_weight,
+            "beta": options.beta,
+            "DIVERGENCE": options.divergence,
+            "HARD": options.hard_weight > 0.0,
+            "WARM": options.temperature != 1.0,
+            "PER_ROW": tokens.reduction == "none",
+            "ALIGN": align,
+            "BLOCK": per_program * COLUMNS_PER_THREAD,
+        }
+        if self.gradient is None:
+            self.arguments["gradient"] = None
+
+    def results(self) -> Results:
+        loss = self.row_loss
+        if loss is not None and self.tokens.reduction != "none":
+            loss = reduce_loss(loss, self.denominator, self.count)
+        return Results(loss, self.entropy, self.agreement)
