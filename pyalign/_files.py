@@ -58,7 +58,7 @@ class DirectoryInUseError(RuntimeError):
 
 @contextmanager
 def exclusive(directory: Path) -> Generator[None]:
-    """Hold ``directory`` (made if need be) for writing; a process that dies, however it dies, lets go of it."""
+    """Hold ``directory`` (made if need be) for writing; a process that dies in any way lets go of it."""
     import fcntl
 
     directory.mkdir(parents=True, exist_ok=True)

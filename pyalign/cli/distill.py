@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -28,9 +29,9 @@ from pyalign.teacher_store import LOGPROB_DTYPES, Manifest, StoreError, TeacherS
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Distil a prompt into a language model: collect the prompted model's top-k log-probs, train the model without "
-    "the prompt on them, report what it achieved. `run` does all three; every command resumes where it was "
-    "stopped.",
+    help="Distil a prompt into a language model: collect the prompted model's top-k log-probs, train the model "
+    "without the prompt on them, report what it achieved. `run` does all three; every command resumes where it "
+    "was stopped.",
 )
 _TRAIN = TrainSettings()
 
@@ -46,8 +47,8 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..., or auto: cuda 
 Text = Annotated[
     list[Path],
     typer.Option(
-        help='Text (one document a file), JSONL or Parquet with rows {"text"} or {"question", "answer"}, optionally '
-        '"group" (held out together). Repeat for more.'
+        help='Text (one document a file), JSONL or Parquet with rows {"text"} or {"question", "answer"}, '
+        'optionally "group" (held out together). Repeat for more.'
     ),
 ]
 Prompt = Annotated[str | None, typer.Option(help="The prompt to distil.")]
@@ -208,10 +209,21 @@ def train(
     """
     with _job() as job:
         settings = TrainSettings(
-            epochs, batch_size, micro_batch, _rate(learning_rate, pretraining_lr), weight_decay, max_grad_norm, last_layers,
-            _one_of("divergence", divergence, DIVERGENCES), beta, _one_of("tail", tail, TAILS), seed, eval_every,
-            checkpoint_every, min_prompt_effect,
-        )  # fmt: skip
+            epochs=epochs,
+            batch_size=batch_size,
+            micro_batch=micro_batch,
+            learning_rate=_rate(learning_rate, pretraining_lr),
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
+            last_layers=last_layers,
+            divergence=_one_of("divergence", divergence, DIVERGENCES),
+            beta=beta,
+            tail=_one_of("tail", tail, TAILS),
+            seed=seed,
+            eval_every=eval_every,
+            checkpoint_every=checkpoint_every,
+            min_prompt_effect=min_prompt_effect,
+        )
         teacher = TeacherStore(store)
         job.train(job.load(model, gguf_file, dtype, device), teacher, settings, out)
 
@@ -301,10 +313,21 @@ def run(
             prompt_cache,
         )
         training = TrainSettings(
-            epochs, batch_size, micro_batch, _rate(learning_rate, pretraining_lr), weight_decay, max_grad_norm, last_layers,
-            _one_of("divergence", divergence, DIVERGENCES), beta, _one_of("tail", tail, TAILS), seed, eval_every,
-            checkpoint_every, min_prompt_effect,
-        )  # fmt: skip
+            epochs=epochs,
+            batch_size=batch_size,
+            micro_batch=micro_batch,
+            learning_rate=_rate(learning_rate, pretraining_lr),
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
+            last_layers=last_layers,
+            divergence=_one_of("divergence", divergence, DIVERGENCES),
+            beta=beta,
+            tail=_one_of("tail", tail, TAILS),
+            seed=seed,
+            eval_every=eval_every,
+            checkpoint_every=checkpoint_every,
+            min_prompt_effect=min_prompt_effect,
+        )
         lm = job.load(model, gguf_file, dtype, device)
         job.collect(
             lm,
@@ -373,6 +396,7 @@ class _Job:
 
     def load(self, model: Path, gguf_file: str | None, dtype: str, device: str) -> CausalLM:
         chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        os.environ.setdefault("TQDM_DISABLE", "1")  # GGUF's loading bar has no other switch
         transformers = require("transformers")
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
@@ -396,9 +420,15 @@ class _Job:
     ) -> Manifest:
         with self.stage("collect") as say:
             sequences = make_sequences(
-                read_records(text), lm.encode, chunk_length=cut.chunk_length, held_out_fraction=cut.held_out,
-                max_sequences=cut.max_sequences, text_prefix=cut.text_prefix, bos=lm.bos, seed=cut.seed,
-            )  # fmt: skip
+                read_records(text),
+                lm.encode,
+                chunk_length=cut.chunk_length,
+                held_out_fraction=cut.held_out,
+                max_sequences=cut.max_sequences,
+                text_prefix=cut.text_prefix,
+                bos=lm.bos,
+                seed=cut.seed,
+            )
             with self.bar("tokens") as (start, advance):
                 manifest = collect_store(
                     lm,
@@ -439,9 +469,15 @@ class _Job:
         with self.stage("report") as say:
             shown = [s.replace("\\n", "\n") for s in samples or []]
             figures = write_report(
-                lm, store, trained, out, samples=shown, sample_tokens=tokens, exact_sequences=exact,
+                lm,
+                store,
+                trained,
+                out,
+                samples=shown,
+                sample_tokens=tokens,
+                exact_sequences=exact,
                 on_part=lambda part: self.console.print(f"  {part}"),
-            )  # fmt: skip
+            )
             say(f"{figures.fraction_left:.0%} of the KL is left; {out / 'report.md'}")
 
 

@@ -194,7 +194,7 @@ def _shard_rows(
 
 
 def topk_rows(lm: CausalLM, features: Tensor, k: int, temperature: float) -> TopKLogprobs:
-    """Top-k log-probs of ``head(features)``, features (T, H), on the CPU; the logits exist a chunk at a time."""
+    """Top-k log-probs of ``head(features)``, features (T, H), on the CPU; logits exist a chunk at a time."""
     parts = [topk_logprobs(logits, k, temperature=temperature) for logits in head_chunks(lm.head, features)]
     return TopKLogprobs(
         torch.cat([p.logprobs for p in parts]).cpu(),

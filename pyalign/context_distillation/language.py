@@ -20,11 +20,11 @@ from pyalign.teacher_store import Identity
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt")
 _MIB = 1 << 20
-_PROBE = "Human: What's 12 + 7?\n\nAssistant: It's 19 (nineteen), naïve 数 🙂.\n\tdef f(x):  return x**2\n"
+_PROBE = "Human: What's 12 + 7?\n\nAssistant: It's 19 (nineteen), na\u00efve \u6570 \U0001f642.\n\tdef f(x):  return x**2\n"
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype called ``name``; "auto" is bfloat16 where the device multiplies it in hardware, else float32."""
+    """The dtype called ``name``; "auto" is bfloat16 where the hardware multiplies it, else float32."""
     if name in DTYPES:
         return DTYPES[name]
     if name != "auto":

@@ -95,9 +95,10 @@ def _inputs(
     generator = torch.Generator(device).manual_seed(0)
     logits = torch.empty(rows, vocab, dtype=dtype, device=device).normal_(0.0, 3.0, generator=generator)
     # The teacher's rows from a part at a time: its own logits would raise the peak before the loss runs.
-    parts = [
-        topk_logprobs(part + torch.randn_like(part, dtype=torch.float32), k) for part in logits.split(64)
-    ]
+    parts: list[TopKLogprobs] = []
+    for part in logits.split(64):
+        noise = torch.empty_like(part, dtype=torch.float32).normal_(generator=generator)
+        parts.append(topk_logprobs(part + noise, k))
     residual = torch.cat([p.residual for p in parts if p.residual is not None])
     teacher = TopKLogprobs(
         torch.cat([p.logprobs for p in parts]), torch.cat([p.indices for p in parts]), residual

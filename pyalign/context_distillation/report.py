@@ -184,117 +184,111 @@ def _draw(log: list[dict[str, Any]], k: int, path: Path) -> None:
 def _markdown(
     figures: Figures, store: TeacherStore, lm: CausalLM, described: dict[str, Any], steps: int
 ) -> str:
-    manifest, settings, exact = store.manifest, described["settings"], figures.exact
-    train_tokens = manifest.num_tokens - manifest.num_held_out_tokens
-    train_sequences = manifest.num_sequences - manifest.num_held_out_sequences
-    layers = (
-        "all parameters"
-        if settings["last_layers"] is None
-        else f"the last {settings['last_layers']} of {len(lm.layers())} layers"
-    )
+    manifest, exact = store.manifest, figures.exact
     parts = [
         "# Context distillation",
-        f"`{Path(manifest.model_path).name}` with the prompt below is the teacher; the student is the same "
-        "model without it.",
+        f"The teacher is `{Path(manifest.model_path).name}` with the prompt below in front; the student is the "
+        "same model without it.",
         _quote(manifest.prompt),
         _table(
             ["KL(prompted ‖ model), nats per held-out token", "before", "after", "left"],
             [
-                [
+                _kl_row(
                     f"{manifest.k} + 1 categories, all {manifest.num_held_out_tokens} tokens",
-                    f"{figures.kl_before:.4f}",
-                    f"{figures.kl_after:.4f}",
-                    f"{figures.fraction_left:.0%}",
-                ],
-                [
-                    f"whole vocabulary, {exact.tokens} tokens",
-                    f"{exact.kl_plain:.4f}",
-                    f"{exact.kl_distilled:.4f}",
-                    f"{fraction_left(exact.kl_plain, exact.kl_distilled):.0%}",
-                ],
+                    figures.kl_before,
+                    figures.kl_after,
+                ),
+                _kl_row(f"whole vocabulary, {exact.tokens} tokens", exact.kl_plain, exact.kl_distilled),
             ],
         ),
         _table(
-            ["", "plain", "prompted", "distilled"],
+            ["Negative log-likelihood, nats per token", "plain", "prompted", "distilled"],
             [
-                ["negative log-likelihood of the held-out text, nats per token"]
-                + [f"{x:.3f}" for x in (exact.nll_plain, exact.nll_prompted, exact.nll_distilled)]
+                [
+                    "the held-out text",
+                    *(f"{x:.3f}" for x in (exact.nll_plain, exact.nll_prompted, exact.nll_distilled)),
+                ]
             ],
-        ),  # fmt: skip
+        ),
         "![training loss and held-out KL](curve.png)",
     ]
     if lm.learned_positions():
         parts.append(
             "**Caution.** This model learns absolute positions, and the prompt moves every text by "
-            f"{manifest.prompt_tokens} of "
-            "them. Part of the KL above is that shift and not the prompt's meaning; check the distilled "
-            "model on a task."
+            f"{manifest.prompt_tokens} of them. Part of the KL above is that shift and not the prompt's meaning; "
+            "check the distilled model on a task."
         )
     parts += [
         "## What was run",
-        _table(
-            ["", ""],
-            [
-                ["training text", f"{train_sequences} sequences, {train_tokens} tokens"],
-                [
-                    "held-out text",
-                    f"{manifest.num_held_out_sequences} sequences, {manifest.num_held_out_tokens} tokens",
-                ],
-                ["longest sequence", f"{int(store.lengths.max())} tokens"],
-                ["prompt", f"{manifest.prompt_tokens} tokens"],
-                [
-                    "teacher",
-                    f"top {manifest.k} and the rest, temperature {manifest.temperature:g}, "
-                    f"{manifest.logprob_dtype}",
-                ],
-                ["trained", f"{layers}, computed in {described['dtype']}, AdamW on float32 weights"],
-                ["loss", _loss_name(settings)],
-                [
-                    "schedule",
-                    f"{steps} steps, {settings['epochs']} epoch(s), {settings['batch_size']} sequences a "
-                    "step, "
-                    f"learning rate {settings['learning_rate']:g} falling linearly to 0",
-                ],
-            ],
-        ),  # fmt: skip
+        _table(["", ""], _run_rows(store, lm, described, steps)),
         "## Cost",
-        _table(
-            ["", ""],
-            [
-                [
-                    "collect",
-                    "no log"
-                    if figures.collect_tokens_per_second is None
-                    else f"{figures.collect_tokens_per_second:.0f} tokens per second ({figures.collect_seconds:.0f} s)",
-                ],
-                [
-                    "train",
-                    f"{figures.train_tokens_per_second:.0f} tokens per second ({figures.train_seconds:.0f} "
-                    "s)",
-                ],
-                ["store", f"{figures.bytes_per_token:.0f} bytes per token"],
-                ["the loss and its gradient", f"{figures.loss_share:.1%} of a training step"],
-            ],
-        ),  # fmt: skip
-        f"The loss and its gradient alone, logits {figures.loss_rows} x {lm.vocab_size} in "
-        f"{described['dtype']} (one micro-batch),"
-        f" {torch.get_num_threads()} CPU threads, {lm.device.type}:",
+        _table(["", ""], _speed_rows(figures)),
+        f"The loss and its gradient alone, logits {figures.loss_rows} x {lm.vocab_size} in {described['dtype']} "
+        f"(one micro-batch), on {lm.device.type}, {torch.get_num_threads()} CPU threads:",
         _table(
             ["", "time", "peak memory", "loss"],
             [_cost_row("pyalign", figures.loss_pyalign), _cost_row("plain torch", figures.loss_torch)],
         ),
         "Peak memory is what a call and its gradient add to the process that holds the inputs, the gradient "
-        "included: on a "
-        "CPU the rise of the resident set's high-water mark, in a process of its own, on a GPU the rise in "
-        "torch's allocator.",
+        "included: on a CPU the rise of the resident set's high-water mark, in a process of its own; on a GPU the "
+        "rise in torch's allocator.",
         "## Samples",
     ]
     for sample in figures.samples:
         parts.append(_quote(sample.text))
         for name in ("plain", "prompted", "distilled"):
-            parts.append(f"*{name}*")
-            parts.append(_fence(getattr(sample, name)))
+            parts += [f"*{name}*", _fence(getattr(sample, name))]
     return "\n\n".join(parts) + "\n"
+
+
+def _run_rows(store: TeacherStore, lm: CausalLM, described: dict[str, Any], steps: int) -> list[list[str]]:
+    manifest, settings = store.manifest, described["settings"]
+    sequences = manifest.num_sequences - manifest.num_held_out_sequences
+    tokens = manifest.num_tokens - manifest.num_held_out_tokens
+    last = settings["last_layers"]
+    trained = (
+        "all parameters"
+        if last is None
+        else f"the last {last} of {len(lm.layers())} layers and the final norm"
+    )
+    schedule = (
+        f"{steps} steps of {settings['batch_size']} sequences, {settings['epochs']} epoch(s), learning rate "
+        f"{settings['learning_rate']:g} falling linearly to 0"
+    )
+    return [
+        ["training text", f"{sequences} sequences, {tokens} tokens"],
+        [
+            "held-out text",
+            f"{manifest.num_held_out_sequences} sequences, {manifest.num_held_out_tokens} tokens",
+        ],
+        ["longest sequence", f"{int(store.lengths.max())} tokens"],
+        ["prompt", f"{manifest.prompt_tokens} tokens"],
+        [
+            "teacher",
+            f"top {manifest.k} and the rest, {manifest.logprob_dtype}, temperature {manifest.temperature:g}",
+        ],
+        ["trained", f"{trained}; computed in {described['dtype']}, AdamW on float32 weights"],
+        ["loss", _loss_name(settings)],
+        ["schedule", schedule],
+    ]
+
+
+def _speed_rows(figures: Figures) -> list[list[str]]:
+    collected = "no log"
+    if figures.collect_tokens_per_second is not None:
+        collected = (
+            f"{figures.collect_tokens_per_second:.0f} tokens per second ({figures.collect_seconds:.0f} s)"
+        )
+    return [
+        ["collect", collected],
+        ["train", f"{figures.train_tokens_per_second:.0f} tokens per second ({figures.train_seconds:.0f} s)"],
+        ["store", f"{figures.bytes_per_token:.0f} bytes per token"],
+        ["the loss and its gradient", f"{figures.loss_share:.1%} of a training step"],
+    ]
+
+
+def _kl_row(name: str, before: float, after: float) -> list[str]:
+    return [name, f"{before:.4f}", f"{after:.4f}", f"{fraction_left(before, after):.0%}"]
 
 
 def _loss_name(settings: dict[str, Any]) -> str:

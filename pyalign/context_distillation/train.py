@@ -399,7 +399,7 @@ def _check_same(found: dict[str, Any], wanted: dict[str, Any], directory: Path) 
 
 @contextmanager
 def unchanged(lm: CausalLM, last_layers: int | None) -> Generator[None]:
-    """On leaving, the parameters that ``train`` changes are what they were, to be compared with the result."""
+    """On leaving, the parameters that ``train`` changes are what they were, to compare with the result."""
     parameters = select_parameters(lm, last_layers)
     before = [p.detach().clone() for p in parameters.values()]
     yield
