@@ -129,10 +129,11 @@ def takes_flags(cxx: str, flags: list[str]) -> bool:
 
 @dataclass
 class Cuda:
-    """nvcc, where it keeps its libraries, and the targets to compile for (ascending)."""
+    """nvcc, where its headers and libraries are, and the targets to compile for (ascending)."""
 
     nvcc: str
     version: tuple[int, int]
+    include_flags: list[str]
     link_flags: list[str]
     archs: list[int]
 
@@ -177,7 +178,9 @@ def find_cuda(sanitize: bool) -> Cuda | None:
             fail("PYALIGN_CUDA=1 and PYALIGN_CUDA_ARCHS=native, but nvidia-smi reports no GPU to build for")
         say("PYALIGN_CUDA_ARCHS=native and no GPU to build for: CPU build, without CUDA kernels")
         return None
-    return Cuda(nvcc, version, nvcc_library_flags(nvcc), archs)
+    include_flags, library_flags = nvcc_paths(nvcc)
+    link_flags = [*library_flags, "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    return Cuda(nvcc, version, include_flags, link_flags, archs)
 
 
 def cuda_archs(nvcc: str) -> list[int]:
@@ -209,16 +212,18 @@ def native_archs() -> set[int]:
     return {int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", reply, re.MULTILINE)}
 
 
-def nvcc_library_flags(nvcc: str) -> list[str]:
-    """Where cudart_static is, by nvcc's own word: nvcc may be a wrapper that lies elsewhere."""
+def nvcc_paths(nvcc: str) -> tuple[list[str], list[str]]:
+    """-I and -L flags for CUDA, by nvcc's own word: nvcc may be a wrapper that lies elsewhere."""
     with tempfile.TemporaryDirectory() as scratch:  # a dry run leaves files behind all the same
         command = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull]
         environment = {**os.environ, "TMPDIR": scratch}
         dryrun = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True).stderr
-    libraries = re.search(r"^#\$ LIBRARIES=(.*)$", dryrun, re.MULTILINE)
-    if libraries is None:
-        fail(f"this command does not say where CUDA's libraries are:\n  {shlex.join(command)}\n{dryrun}")
-    return [*shlex.split(libraries[1]), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    flags = dict(re.findall(r"^#\$ (INCLUDES|LIBRARIES)=(.*)$", dryrun, re.MULTILINE))
+    if len(flags) != 2:
+        fail(f"this command does not name CUDA's headers and libraries:
+  {shlex.join(command)}
+{dryrun}")
+    return shlex.split(flags["INCLUDES"]), shlex.split(flags["LIBRARIES"])
 
 
 # ---- ninja ----
@@ -247,7 +252,7 @@ def write_ninja(build: Path, module: Path, cxx: Cxx, cuda: Cuda | None, version:
                 key=lambda target: (int(re.sub(r"\D", "", target)), target),
             )
             binding_flags += [
-                *("-DPYALIGN_WITH_CUDA", *cuda.defines()),
+                *("-DPYALIGN_WITH_CUDA", *cuda.include_flags, *cuda.defines()),
                 '-DPYALIGN_CUDA_VERSION="{}.{}"'.format(*cuda.version),
                 f'-DPYALIGN_CUDA_ARCHS="{";".join(targets)}"',
             ]
