@@ -220,9 +220,7 @@ def nvcc_paths(nvcc: str) -> tuple[list[str], list[str]]:
         dryrun = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True).stderr
     flags = dict(re.findall(r"^#\$ (INCLUDES|LIBRARIES)=(.*)$", dryrun, re.MULTILINE))
     if len(flags) != 2:
-        fail(f"this command does not name CUDA's headers and libraries:
-  {shlex.join(command)}
-{dryrun}")
+        fail(f"this command does not name CUDA's headers and libraries:\n  {shlex.join(command)}\n{dryrun}")
     return shlex.split(flags["INCLUDES"]), shlex.split(flags["LIBRARIES"])
 
 
