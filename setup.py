@@ -30,7 +30,7 @@ from typing import NoReturn
 
 import ninja
 import pybind11
-from ninja.ninja_syntax import Writer
+from ninja.ninja_syntax import Writer, escape
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
@@ -227,18 +227,28 @@ def nvcc_paths(nvcc: str) -> tuple[list[str], list[str]]:
 # ---- ninja ----
 
 
+def shell(words: list[str]) -> str:
+    return escape(shlex.join(words))
+
+
 def write_ninja(build: Path, module: Path, cxx: Cxx, cuda: Cuda | None, version: str) -> None:
     """`build` and `module` are relative to ROOT, where ninja runs, and so are all paths in the file."""
     with (ROOT / build / "build.ninja").open("w") as file:
         n = Writer(file, width=10_000)
         n.variable("builddir", str(build))
-        n.rule("cxx", f"{cxx.path} -MD -MF $out.d $flags -c $in -o $out", "C++  $out", "$out.d", deps="gcc")
-        n.rule("link", f"{cxx.path} -o $out $in $flags", "link $out")
+        n.rule(
+            "cxx",
+            f"{shell([cxx.path])} -MD -MF $out.d $flags -c $in -o $out",
+            "C++  $out",
+            "$out.d",
+            deps="gcc",
+        )
+        n.rule("link", f"{shell([cxx.path])} -o $out $in $flags", "link $out")
         objects: list[str] = []
 
         def compile_cxx(source: Path, flags: list[str], suffix: str = "") -> None:
             objects.append(str(build / source.with_suffix(f"{suffix}.o")))
-            n.build(objects[-1], "cxx", str(source), variables={"flags": shlex.join([*cxx.flags, *flags])})
+            n.build(objects[-1], "cxx", str(source), variables={"flags": shell([*cxx.flags, *flags])})
 
         binding_flags = [
             *("-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()),
@@ -271,13 +281,13 @@ def write_ninja(build: Path, module: Path, cxx: Cxx, cuda: Cuda | None, version:
         if cuda is not None:
             objects += write_ninja_cuda(n, build, cxx, cuda)
         link_flags = cxx.link_flags + (cuda.link_flags if cuda is not None else [])
-        n.build(str(module), "link", objects, variables={"flags": shlex.join(link_flags)})
+        n.build(str(module), "link", objects, variables={"flags": shell(link_flags)})
 
 
 def write_ninja_cuda(n: Writer, build: Path, cxx: Cxx, cuda: Cuda) -> list[str]:
     # ptxas reports registers, spills and shared memory of every kernel in $log, for tests to read.
-    compile_to_log = f"{cuda.nvcc} -ccbin {cxx.path} -MD -MF $out.d $flags -c $in -o $out > $log 2>&1"
-    n.rule("nvcc", f"{compile_to_log} || {{ cat $log; exit 1; }}", "CUDA $out", "$out.d", deps="gcc")
+    to_log = f"{shell([cuda.nvcc, '-ccbin', cxx.path])} -MD -MF $out.d $flags -c $in -o $out > $log 2>&1"
+    n.rule("nvcc", f"{to_log} || {{ cat $log; exit 1; }}", "CUDA $out", "$out.d", deps="gcc")
     flags = shlex.split("-std=c++17 -O3 -DNDEBUG -lineinfo -cudart static -Icsrc -Xptxas -v")
     flags += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", *cuda.defines()]
     objects: list[str] = []
@@ -287,7 +297,7 @@ def write_ninja_cuda(n: Writer, build: Path, cxx: Cxx, cuda: Cuda) -> list[str]:
             continue
         objects.append(str(build / source.with_suffix(".cu.o")))
         log = str(build / source.with_suffix(".ptxas.log"))
-        variables = {"flags": shlex.join([*flags, *map(gencode, targets)]), "log": log}
+        variables = {"flags": shell([*flags, *map(gencode, targets)]), "log": log}
         n.build(objects[-1], "nvcc", str(source), implicit_outputs=log, variables=variables)
     return objects
 
