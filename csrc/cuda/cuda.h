@@ -1,0 +1,35 @@
+// The CUDA engines: what bindings.cpp calls. Everything runs on `stream` of the current device; nothing is allocated, and
+// the host never waits. They throw std::invalid_argument for a bad argument and CudaError for a call that failed.
+//
+// Both logits operands have one dtype: float32, bfloat16 or float16. Everything else that is not an index is float32. An
+// out-of-range or repeated index makes its row NaN, and nothing is read through it.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "common/distill_args.h"
+
+namespace pyalign::cuda {
+
+// Says which kernel or call failed, where, and why.
+class CudaError : public std::runtime_error {
+  public:
+    using std::runtime_error::runtime_error;
+};
+
+void distill(const DistillArgs& args, cudaStream_t stream);
+void topk_distill(const TopKDistillArgs& args, cudaStream_t stream);
+
+// The k <= 256 largest logits of every row.
+void topk(const TopKArgs& args, cudaStream_t stream);
+
+// x[0 .. count) *= factor[0], a float read on the device; returns at once where it is 1.
+void scale(void* x, Dtype dtype, int64_t count, const void* factor, cudaStream_t stream);
+
+// Which kernel `distill` runs for rows of this length on this device, and how it is laid out there.
+std::string explain_distill(int64_t vocab, Dtype dtype, int device);
+
+}  // namespace pyalign::cuda

@@ -1,0 +1,112 @@
+// Dense distillation, one block per row pair: the kernel for every GPU and every length.
+//
+// Loss and gradient from one kernel: a row pair is read from memory once, as far as shared memory holds it, and what it
+// doesn't hold is read again through L2, which plan_rows tries to make room in.
+#include "cuda/distill.cuh"
+
+namespace pyalign::cuda {
+namespace {
+
+constexpr int kMostThreads = 512;
+constexpr int kFixedBytes = BlockTeam::kBytes + BlockRows<float, 2>::kEdgeBytes + sizeof(uint4);
+
+// One block's row pair, and the block that works on it.
+template <class T>
+struct BlockPart {
+    BlockRows<T, 2> rows;
+    BlockTeam& team;
+    Note* note;
+
+    template <class Body>
+    __device__ __forceinline__ void first(Body body) {
+        rows.template pass<true, 2>(body);
+    }
+    template <class Body>
+    __device__ __forceinline__ void again(Body body) {
+        rows.template pass<false, 1>(body);
+    }
+    template <class State, class Merger>
+    __device__ __forceinline__ State merge(const State& state, const Merger& merger) {
+        return team.merge(state, merger);
+    }
+    __device__ __forceinline__ int thread() const { return threadIdx.x; }
+    __device__ __forceinline__ int threads() const { return blockDim.x; }
+};
+
+// Grid: any number of blocks, each takes every gridDim.x-th row. `kept` vectors of both rows stay in shared memory.
+template <class T, class D>
+__global__ void __launch_bounds__(kMostThreads) distill_rows(const DistillParams params, int kept) {
+    extern __shared__ uint4 shared[];
+    char* const fixed = reinterpret_cast<char*>(shared);
+    BlockTeam team{fixed};
+    float* const edges = reinterpret_cast<float*>(fixed + BlockTeam::kBytes);  // [2, 32]
+    Note* const note = reinterpret_cast<Note*>(fixed + kFixedBytes - sizeof(uint4));
+    uint4* const cache = shared + kFixedBytes / sizeof(uint4);  // [2, kept]
+    const LossParams& p = params.loss;
+
+    for (int64_t row = blockIdx.x; row < p.tokens.count; row += gridDim.x) {
+        const TokenRow token = read_token(p, row);
+        if (token.kind != Token::kCounted) {
+            write_lossless<T>(p, row, token.kind, threadIdx.x, blockDim.x);
+            continue;
+        }
+        const T* const student = row_pointer<const T>(p.student, row);                  // [vocab]
+        const T* const teacher = row_pointer<const T>(params.teacher, token.teacher);  // [vocab]
+        const T* const written = p.gradient.data ? row_pointer<const T>(p.gradient, row) : student;
+        const float target_logit = token.target < 0 ? 0.f : widen(student[token.target]);
+        BlockPart<T> part{{{student, teacher}, p.vocab, misalignment(written), edges, cache, kept}, team, note};
+        distill_row<T, D>(params, row, token, target_logit, part);
+    }
+}
+
+template <class T, class D>
+void launch_rows(const DistillParams& params, cudaStream_t stream) {
+    const LossParams& p = params.loss;
+    const RowPlan plan = plan_rows(current_device(), 2, p.vocab, sizeof(T), {1, kMostThreads}, kFixedBytes, p.tokens.count);
+    check(launch({plan.blocks, plan.threads, plan.shared, stream}, distill_rows<T, D>, params, plan.kept),
+          "distill_rows");
+}
+
+}  // namespace
+
+void distill(const DistillArgs& args, cudaStream_t stream) {
+    element_size(args.student.dtype, "distill");
+    if (args.teacher.dtype != args.student.dtype)
+        throw std::invalid_argument("distill: student and teacher logits must have one dtype on a GPU");
+    const DistillParams params{prepare_loss(args.student, args.tokens, args.out, args.options, stream), args.teacher};
+    if (args.tokens.count > 0 && !distill_cluster(params, args.student.dtype, stream)) {
+        with_type(args.student.dtype, [&](auto type) {
+            using T = decltype(type);
+            switch (args.options.divergence) {
+                case Divergence::kForwardKL: return launch_rows<T, ForwardKL<float>>(params, stream);
+                case Divergence::kReverseKL: return launch_rows<T, ReverseKL<float>>(params, stream);
+                case Divergence::kJensenShannon: return launch_rows<T, JensenShannon<float>>(params, stream);
+                case Divergence::kTotalVariation: return launch_rows<T, TotalVariation<float>>(params, stream);
+            }
+        });
+    }
+    reduce_loss(params.loss, args.out, stream);
+}
+
+std::string explain_distill(int64_t vocab, Dtype dtype, int index) {
+    const Device& device = device_at(index);
+    int current = 0;
+    check(cudaGetDevice(&current), "explain_distill");
+    check(cudaSetDevice(index), "explain_distill");
+    const std::string cluster = explain_cluster(device, vocab, dtype);
+    check(cudaSetDevice(current), "explain_distill");
+    if (!cluster.empty()) return cluster;
+    const int size = element_size(dtype, "distill");
+    const RowPlan plan = plan_rows(device, 2, vocab, size, {1, kMostThreads}, kFixedBytes, int64_t{1} << 40);
+    const int64_t kept = int64_t{plan.kept} * 16 * 2, all = 2 * vocab * size;
+    return "distill_rows: a block of " + std::to_string(plan.threads) + " threads per row pair, " +
+           std::to_string(plan.blocks_per_processor) + " per multiprocessor, " +
+           std::to_string(100 * (kept < all ? kept : all) / all) + " % of it in shared memory";
+}
+
+#if !defined(PYALIGN_HAVE_SM90)
+bool distill_cluster(const DistillParams&, Dtype, cudaStream_t) { return false; }
+std::string explain_cluster(const Device&, int64_t, Dtype) { return {}; }
+#endif
+
+}  // namespace pyalign::cuda

@@ -1,0 +1,138 @@
+// One row pair of the dense distillation losses, in whatever way it is held: by one block that reads it again from shared
+// memory and L2 (distill.cu), or by a thread-block cluster that has all of it on chip (distill_sm90.cu).
+//
+//   fold   both rows into Softmax states, merged over all threads that hold a part of the row;
+//   sum    the divergence's terms; where its slope needs no sums, the gradient is written in the same pass;
+//   map    otherwise once more, into the gradient.
+#pragma once
+
+#include "cuda/losses.cuh"
+
+namespace pyalign::cuda {
+
+struct DistillParams {
+    LossParams loss;
+    Rows teacher;  // [teacher_count, vocab]
+};
+
+struct Folded {
+    Softmax<float> student, teacher;
+    Softmax<float> hard;  // the student at temperature 1
+};
+
+struct FoldedMerger {
+    float inverse_temperature;
+    bool hard;
+
+    __device__ __forceinline__ Folded operator()(const Folded& a, const Folded& b) const {
+        return {merge(a.student, b.student, inverse_temperature), merge(a.teacher, b.teacher, inverse_temperature),
+                hard ? merge(a.hard, b.hard, 1.f) : a.hard};
+    }
+    __device__ __forceinline__ Folded warp(const Folded& x) const {
+        return {warp_merge(x.student, inverse_temperature), warp_merge(x.teacher, inverse_temperature),
+                hard ? warp_merge(x.hard, 1.f) : x.hard};
+    }
+};
+
+struct Note {
+    float weight, hard;  // of the token, its hard loss
+};
+
+// A pass of its own over what is on chip: the passes that every training step makes stay lean.
+template <class Part>
+__device__ __forceinline__ void write_metrics(const LossParams& p, int64_t row, const Folded& folded, Part& part) {
+    Metrics metrics;
+    const Entropy entropy(folded.student, p.inverse_temperature);
+    part.again([&](int element, const auto& x) {
+        constexpr int kCount = sizeof(x[0]) / sizeof(float);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            metrics.entropy += entropy.term(x[0][i]);
+            if (x[0][i] == folded.student.max) metrics.student_top = min(metrics.student_top, element + i);
+            if (x[1][i] == folded.teacher.max) metrics.teacher_top = min(metrics.teacher_top, element + i);
+        }
+    });
+    metrics = part.merge(metrics, MetricsMerger{});
+    if (part.thread() != 0) return;
+    if (p.entropy) p.entropy[row] = metrics.entropy;
+    if (p.agreement)
+        p.agreement[row] =
+            settle_top(metrics.student_top, folded.student) == settle_top(metrics.teacher_top, folded.teacher);
+}
+
+template <class D>
+__device__ __forceinline__ D make_divergence(const LossParams& p) {
+    if constexpr (std::is_same_v<D, JensenShannon<float>>)
+        return {p.beta};
+    else
+        return {};
+}
+
+// `part` is this block's part of the row: part.first(body) and part.again(body) call body(element, {student, teacher})
+// over its elements, part.merge(state, merger) joins the states of all threads that work on the row, and part.note is
+// memory of one thread's own for what is needed at the end.
+template <class T, class D, class Part>
+__device__ __forceinline__ void distill_row(const DistillParams& params, int64_t row, const TokenRow& token,
+                                            float target_logit, Part& part) {
+    const LossParams& p = params.loss;
+    const D divergence = make_divergence<D>(p);
+    const float inverse_temperature = p.inverse_temperature;
+    const bool has_target = token.target >= 0;
+
+    // Fold
+    Folded folded;
+    part.first([&](int, const auto& x) {
+        fold(folded.student, x[0], inverse_temperature);
+        fold(folded.teacher, x[1], inverse_temperature);
+        if (has_target) fold(folded.hard, x[0], 1.f);
+    });
+    folded = part.merge(folded, FoldedMerger{inverse_temperature, has_target});
+    if (part.thread() == 0) *part.note = {token.weight, hard_loss(p, token, folded.hard, target_logit)};
+    const HardTerm hard(p, token, folded.hard);
+    const Pair<float> pair = finish<float>(folded.student, folded.teacher, inverse_temperature);
+    if (p.wants_metrics()) write_metrics(p, row, folded, part);
+
+    // Sum, and map where the slope needs no sums
+    T* const gradient = p.gradient.data ? row_pointer<T>(p.gradient, row) : nullptr;  // [width]
+    const float slope_factor = token.factor * p.slope_weight;
+    const auto write = [&](int element, auto& slopes, const auto& student) {
+        for (float& slope : slopes) slope *= slope_factor;
+        if (has_target) hard.add(slopes, element, student);
+        store(gradient + element, slopes);
+    };
+    Sums<float> sums;
+    if (p.row_loss || gradient) {
+        part.again([&](int element, const auto& x) {
+            constexpr int kCount = sizeof(x[0]) / sizeof(float);
+            float slopes[kCount];
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) {
+                const Point<float> at = pair.at(x[0][i], x[1][i]);
+                sums = sums + divergence.term(at);
+                if (!D::kMapNeedsSums) slopes[i] = divergence.slope(at, {});
+            }
+            if (!D::kMapNeedsSums && gradient) write(element, slopes, x[0]);
+        });
+        if (p.row_loss || D::kMapNeedsSums) sums = part.merge(sums, SumsMerger{});
+    }
+
+    // Map
+    if (D::kMapNeedsSums && gradient) {
+        part.again([&](int element, const auto& x) {
+            constexpr int kCount = sizeof(x[0]) / sizeof(float);
+            float slopes[kCount];
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) slopes[i] = divergence.slope(pair.at(x[0][i], x[1][i]), sums);
+            write(element, slopes, x[0]);
+        });
+    }
+    if (gradient) fill(gradient + p.vocab, p.width - p.vocab, 0.f, part.thread(), part.threads());
+    if (p.row_loss && part.thread() == 0) write_row_loss(p, row, part.note->weight, sums.loss, part.note->hard);
+}
+
+// The Hopper kernel's part, in distill_sm90.cu: false if the device has no clusters that can hold such rows, and then
+// nothing was launched.
+bool distill_cluster(const DistillParams& params, Dtype dtype, cudaStream_t stream);
+std::string explain_cluster(const Device& device, int64_t vocab, Dtype dtype);  // empty: can't
+
+}  // namespace pyalign::cuda

@@ -1,0 +1,81 @@
+// The host's side of every launch: device properties, errors, the layout of row kernels.
+#include <algorithm>
+#include <mutex>
+#include <vector>
+
+#include "cuda/common.cuh"
+
+namespace pyalign::cuda {
+
+void check(cudaError_t status, const std::string& what, const char* file, int line) {
+    if (status == cudaSuccess) return;
+    cudaGetLastError();  // a launch that failed leaves the runtime usable
+    throw CudaError(what + ": " + cudaGetErrorString(status) + " (" + cudaGetErrorName(status) + ", " + file + ":" +
+                    std::to_string(line) + ")");
+}
+
+int element_size(Dtype dtype, const char* op) {
+    if (dtype == Dtype::kFloat32) return 4;
+    if (dtype == Dtype::kBFloat16 || dtype == Dtype::kFloat16) return 2;
+    throw std::invalid_argument(std::string(op) + ": float64 logits have no CUDA kernel; use the reference backend");
+}
+
+const Device& device_at(int index) {
+    static std::mutex mutex;
+    static std::vector<Device*> devices;  // never freed: launches may outlive static destruction
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (index >= int(devices.size())) devices.resize(size_t(index) + 1, nullptr);
+    if (!devices[size_t(index)]) {
+        Device device{};
+        device.index = index;
+        const auto read = [index](int& value, cudaDeviceAttr attribute) {
+            check(cudaDeviceGetAttribute(&value, attribute, index), "device properties");
+        };
+        read(device.major, cudaDevAttrComputeCapabilityMajor);
+        read(device.processors, cudaDevAttrMultiProcessorCount);
+        read(device.l2, cudaDevAttrL2CacheSize);
+        read(device.shared_per_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+        read(device.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+        read(device.shared_reserved, cudaDevAttrReservedSharedMemoryPerBlock);
+        devices[size_t(index)] = new Device(device);
+    }
+    return *devices[size_t(index)];
+}
+
+const Device& current_device() {
+    int index = 0;
+    check(cudaGetDevice(&index), "current device");
+    return device_at(index);
+}
+
+// Short rows: several blocks of a few warps on every multiprocessor. Long rows: fewer and larger blocks, so that what
+// the blocks at work don't keep in shared memory stays in L2 until it is read again.
+RowPlan plan_rows(const Device& device, int rows, int64_t vocab, int element_size, ThreadRange threads, size_t fixed,
+                  int64_t count) {
+    constexpr int kVectorsPerThread = 12;
+    const int64_t vectors = vocab * element_size / 16 + 1;
+    RowPlan plan{};
+    plan.threads = 64;
+    while (plan.threads < threads.most &&
+           (plan.threads < threads.least || plan.threads * kVectorsPerThread < vectors))
+        plan.threads *= 2;
+
+    int64_t kept = 0, room = 0;
+    for (;; plan.threads *= 2) {
+        plan.blocks_per_processor = std::min(threads.most / plan.threads, 16);
+        room = std::min<int64_t>(device.shared_per_block,
+                                 device.shared_per_processor / plan.blocks_per_processor - device.shared_reserved) -
+               int64_t(fixed);
+        if (room < 0 && plan.threads < threads.most) continue;
+        kept = std::clamp<int64_t>(room / (16 * rows), 0, vectors);
+        const int64_t in_flight = int64_t{device.processors} * plan.blocks_per_processor;
+        const int64_t again = in_flight * (vectors - kept) * rows * 16;
+        if (plan.threads == threads.most || again <= device.l2 / 2) break;
+    }
+    plan.kept = int(kept);
+    plan.shared = fixed + size_t(kept) * size_t(rows) * 16;
+    plan.blocks = std::min(count, int64_t{device.processors} * plan.blocks_per_processor);
+    return plan;
+}
+
+}  // namespace pyalign::cuda
