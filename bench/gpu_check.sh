@@ -13,6 +13,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${OUT:-bench/results}")
 mkdir -p "$out"
+PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin # nvcc and compute-sanitizer, where they aren't on PATH
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 wanted=${*:-build tests sanitizer bench}
 stages=$out/.stages
