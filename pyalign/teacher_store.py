@@ -110,7 +110,7 @@ class Manifest:
         try:
             fields: dict[str, Any] = json.loads(text)
             found = (fields.pop("format"), fields.pop("version"))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{source} is not a manifest of {FORMAT}: {error!r}") from error
         if found != (FORMAT, VERSION):
             raise StoreError(
@@ -167,6 +167,10 @@ def shard_path(directory: Path, shard: int) -> Path:
     return directory / f"shard-{shard:05d}.safetensors"
 
 
+def _shard_tag(manifest: Manifest, shard: int) -> str:
+    return f"{FORMAT} {VERSION}, shard {shard} of {manifest.sequences_digest}"
+
+
 class TeacherStoreWriter:
     """Makes a store, or goes on with one whose writer was stopped.
 
@@ -220,7 +224,8 @@ class TeacherStoreWriter:
             "residual": torch.cat([r for r in residuals if r is not None]).float(),
             "held_out": torch.tensor([s.held_out for s in sequences]),
         }
-        metadata = {"format": FORMAT, "sequences_digest": self.manifest.sequences_digest, "shard": str(shard)}
+        # One entry: safetensors writes several in random order, and the same rows are to be the same bytes.
+        metadata = {"pyalign": _shard_tag(self.manifest, shard)}
         with atomic_file(shard_path(self.directory, shard)) as temporary:
             require("safetensors.torch").save_file(tensors, temporary, metadata=metadata)
 
@@ -282,8 +287,7 @@ class TeacherStore:
                 f"{path} is damaged ({error}); delete it and collect again, which rewrites it alone"
             ) from error
         metadata = file.metadata() or {}
-        owner = (metadata.get("sequences_digest"), metadata.get("shard"))
-        if owner != (self.manifest.sequences_digest, str(shard)):
+        if metadata.get("pyalign") != _shard_tag(self.manifest, shard):
             raise StoreError(
                 f"{path} belongs to another store; delete it and collect again, which rewrites it alone"
             )

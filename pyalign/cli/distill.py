@@ -29,9 +29,9 @@ from pyalign.teacher_store import LOGPROB_DTYPES, Manifest, StoreError, TeacherS
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Distil a prompt into a language model: collect the prompted model's top-k log-probs, train the model "
-    "without the prompt on them, report what it achieved. `run` does all three; every command resumes where it "
-    "was stopped.",
+    help="Distil a prompt into a language model: collect the prompted model's top-k log-probs, train the "
+    "model without the prompt on them, report what it achieved. `run` does all three; every command resumes "
+    "where it was stopped.",
 )
 _TRAIN = TrainSettings()
 

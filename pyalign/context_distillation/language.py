@@ -20,7 +20,9 @@ from pyalign.teacher_store import Identity
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt")
 _MIB = 1 << 20
-_PROBE = "Human: What's 12 + 7?\n\nAssistant: It's 19 (nineteen), na\u00efve \u6570 \U0001f642.\n\tdef f(x):  return x**2\n"
+_PROBE = (
+    "Human: What's 12 + 7?\n\nAssistant: It's 19, na\u00efve \u6570 \U0001f642.\n\tdef f(x):  return x**2\n"
+)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -187,8 +187,8 @@ def _markdown(
     manifest, exact = store.manifest, figures.exact
     parts = [
         "# Context distillation",
-        f"The teacher is `{Path(manifest.model_path).name}` with the prompt below in front; the student is the "
-        "same model without it.",
+        f"The teacher is `{Path(manifest.model_path).name}` with the prompt below in front; the student is "
+        "the same model without it.",
         _quote(manifest.prompt),
         _table(
             ["KL(prompted ‖ model), nats per held-out token", "before", "after", "left"],
@@ -203,35 +203,30 @@ def _markdown(
         ),
         _table(
             ["Negative log-likelihood, nats per token", "plain", "prompted", "distilled"],
-            [
-                [
-                    "the held-out text",
-                    *(f"{x:.3f}" for x in (exact.nll_plain, exact.nll_prompted, exact.nll_distilled)),
-                ]
-            ],
+            [["the held-out text", *(f"{nll:.3f}" for nll in exact[3:])]],
         ),
         "![training loss and held-out KL](curve.png)",
     ]
     if lm.learned_positions():
         parts.append(
             "**Caution.** This model learns absolute positions, and the prompt moves every text by "
-            f"{manifest.prompt_tokens} of them. Part of the KL above is that shift and not the prompt's meaning; "
-            "check the distilled model on a task."
+            f"{manifest.prompt_tokens} of them. Part of the KL above is that shift and not the prompt's "
+            "meaning; check the distilled model on a task."
         )
     parts += [
         "## What was run",
         _table(["", ""], _run_rows(store, lm, described, steps)),
         "## Cost",
         _table(["", ""], _speed_rows(figures)),
-        f"The loss and its gradient alone, logits {figures.loss_rows} x {lm.vocab_size} in {described['dtype']} "
-        f"(one micro-batch), on {lm.device.type}, {torch.get_num_threads()} CPU threads:",
+        f"The loss and its gradient alone, logits {figures.loss_rows} x {lm.vocab_size} in "
+        f"{described['dtype']} (one micro-batch), on {lm.device.type}, {torch.get_num_threads()} threads:",
         _table(
             ["", "time", "peak memory", "loss"],
             [_cost_row("pyalign", figures.loss_pyalign), _cost_row("plain torch", figures.loss_torch)],
         ),
         "Peak memory is what a call and its gradient add to the process that holds the inputs, the gradient "
-        "included: on a CPU the rise of the resident set's high-water mark, in a process of its own; on a GPU the "
-        "rise in torch's allocator.",
+        "included: on a CPU the rise of the resident set's high-water mark in a process of its own; on a GPU "
+        "the rise in torch's allocator.",
         "## Samples",
     ]
     for sample in figures.samples:
@@ -243,13 +238,11 @@ def _markdown(
 
 def _run_rows(store: TeacherStore, lm: CausalLM, described: dict[str, Any], steps: int) -> list[list[str]]:
     manifest, settings = store.manifest, described["settings"]
-    sequences = manifest.num_sequences - manifest.num_held_out_sequences
-    tokens = manifest.num_tokens - manifest.num_held_out_tokens
+    held_out = manifest.num_held_out_sequences, manifest.num_held_out_tokens
+    sequences, tokens = manifest.num_sequences - held_out[0], manifest.num_tokens - held_out[1]
     last = settings["last_layers"]
     trained = (
-        "all parameters"
-        if last is None
-        else f"the last {last} of {len(lm.layers())} layers and the final norm"
+        "all parameters" if last is None else f"the last {last} of {len(lm.layers())} layers, the final norm"
     )
     schedule = (
         f"{steps} steps of {settings['batch_size']} sequences, {settings['epochs']} epoch(s), learning rate "
