@@ -67,8 +67,9 @@ def _cuda_refusal(index: int) -> str:
     capability = torch.cuda.get_device_capability(index)
     wanted = 10 * capability[0] + capability[1]
     for target in module.build_info()["cuda_archs"]:
-        arch, is_ptx = int(target.removesuffix("+PTX").rstrip("a")), target.endswith("+PTX")
-        if (arch // 10 == capability[0] and arch <= wanted) or (is_ptx and arch <= wanted):
+        kind, _, number = target.partition("_")  # "sm_90" runs on its own generation, "compute_90" on any later GPU
+        arch = int(number.rstrip("a"))
+        if arch <= wanted and (kind == "compute" or arch // 10 == capability[0]):
             return ""
     targets = ", ".join(module.build_info()["cuda_archs"])
     return f"the CUDA kernels were built for {targets}, not for compute capability {capability[0]}.{capability[1]}"

@@ -166,7 +166,7 @@ class Call(NamedTuple):
     def gradient(self, student: Tensor, upstream: Tensor) -> Tensor:
         """d result / d student, times ``upstream``: () or, for "none", (N,)."""
         at = self.raw.teacher_arguments + Tokens._fields.index("upstream")
-        upstream = upstream.to(accumulation_dtype(student.dtype)).contiguous()
+        upstream = upstream.to(accumulation_dtype(student.dtype)).contiguous()  # autograd expands a sum's
         arguments = (*self.arguments[:at], upstream, *self.arguments[at + 1 :])
         op = getattr(torch.ops.pyalign, self.raw.name)
         return op(student, *arguments, False, True, False, self.backend)[1]

@@ -42,16 +42,12 @@ PYALIGN_HD Softmax<F> fold(Softmax<F> state, F logit, F inverse_temperature) {
     return merge(state, Softmax<F>{logit, logit == logit ? F(1) : logit}, inverse_temperature);
 }
 
-// One vocabulary entry: the teacher's and student's probability, and log q - log p (0 where both are 0).
+// One vocabulary entry: the teacher's and student's probability, and d = log q - log p. Where both are 0, d may be NaN:
+// the divergences let a probability of 0 weigh nothing.
 template <class F>
 struct Point {
     F p, q, d;
 };
-
-template <class F>
-PYALIGN_HD Point<F> point(F p, F q, F d) {
-    return {p, q, p + q == F(0) ? F(0) : d};
-}
 
 // What two finished states say about every entry of their rows.
 template <class F>
@@ -64,8 +60,12 @@ struct Pair {
     PYALIGN_HD Point<F> at(F student, F teacher) const {
         const F q = exp_nonpositive((student - student_max) * inverse_temperature) * student_scale;
         const F p = exp_nonpositive((teacher - teacher_max) * inverse_temperature) * teacher_scale;
-        const F d = ((student - student_origin) - (teacher - teacher_origin)) * inverse_temperature - log_ratio;
-        return point(p, q, d);
+        return with(p, q, student, teacher);
+    }
+
+    // The same for an engine that has kept the exponentials.
+    PYALIGN_HD Point<F> with(F p, F q, F student, F teacher) const {
+        return {p, q, ((student - student_origin) - (teacher - teacher_origin)) * inverse_temperature - log_ratio};
     }
 };
 

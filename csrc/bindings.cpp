@@ -1,0 +1,139 @@
+// pyalign._C: pointers, sizes and strides in, nothing of torch. One registration function per system and engine.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "cpu/cpu.h"
+#if defined(PYALIGN_WITH_CUDA)
+#include "cuda/cuda.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace pyalign;
+
+// ---- Python tuples to argument structs; pyalign/_native.py makes them ----
+
+template <class T>
+T* pointer(py::handle address) {
+    return reinterpret_cast<T*>(address.cast<uintptr_t>());
+}
+
+Rows rows(const py::tuple& t) {  // (pointer, dtype, inner, outer_stride, inner_stride)
+    return {pointer<void>(t[0]), static_cast<Dtype>(t[1].cast<int>()), t[2].cast<int64_t>(), t[3].cast<int64_t>(),
+            t[4].cast<int64_t>()};
+}
+
+// (count, mask, labels, teacher_rows, weight, targets, ignore_index, teacher_count, reduction, num_items, upstream)
+Tokens tokens(const py::tuple& t) {
+    Tokens x;
+    x.count = t[0].cast<int64_t>();
+    x.mask = pointer<const uint8_t>(t[1]);
+    x.labels = pointer<const int64_t>(t[2]);
+    x.teacher_rows = pointer<const int64_t>(t[3]);
+    x.weight = pointer<const void>(t[4]);
+    x.targets = pointer<const int64_t>(t[5]);
+    x.ignore_index = t[6].cast<int64_t>();
+    x.teacher_count = t[7].cast<int64_t>();
+    x.reduction = static_cast<Reduction>(t[8].cast<int>());
+    x.num_items = pointer<const void>(t[9]);
+    x.upstream = pointer<const void>(t[10]);
+    return x;
+}
+
+// (gradient rows, width, loss, row_loss, denominator, entropy, agreement)
+Outputs outputs(const py::tuple& t) {
+    return {rows(t[0]), t[1].cast<int64_t>(), pointer<void>(t[2]), pointer<void>(t[3]),
+            pointer<void>(t[4]), pointer<void>(t[5]), pointer<uint8_t>(t[6])};
+}
+
+// (vocab, divergence, beta, temperature, temperature_squared, hard_weight)
+DistillOptions options(const py::tuple& t) {
+    return {t[0].cast<int64_t>(), static_cast<Divergence>(t[1].cast<int>()), t[2].cast<double>(), t[3].cast<double>(),
+            t[4].cast<bool>(), t[5].cast<double>()};
+}
+
+// (k, logprobs, indices, residual, dtype, wide_indices)
+TopK top_k(const py::tuple& t) {
+    return {t[0].cast<int64_t>(), pointer<const void>(t[1]), pointer<const void>(t[2]), pointer<const void>(t[3]),
+            static_cast<Dtype>(t[4].cast<int>()), t[5].cast<bool>()};
+}
+
+// The same functions over either engine; `Execution` is a thread count or a stream.
+template <class Execution, class Distill, class TopKDistill, class TopKFunction, class Scale>
+void register_distill(py::module_& m, Distill distill, TopKDistill topk_distill, TopKFunction topk, Scale scale) {
+    const auto execution = [](uintptr_t x) { return (Execution)x; };
+    m.def("distill", [=](const py::tuple& student, const py::tuple& teacher, const py::tuple& token, const py::tuple& out,
+                         const py::tuple& option, uintptr_t on) {
+        const DistillArgs args{rows(student), rows(teacher), tokens(token), outputs(out), options(option)};
+        py::gil_scoped_release release;
+        distill(args, execution(on));
+    });
+    m.def("topk_distill", [=](const py::tuple& student, const py::tuple& teacher, int tail, const py::tuple& token,
+                              const py::tuple& out, const py::tuple& option, uintptr_t on) {
+        const TopKDistillArgs args{rows(student), top_k(teacher), static_cast<Tail>(tail),
+                                   tokens(token), outputs(out),   options(option)};
+        py::gil_scoped_release release;
+        topk_distill(args, execution(on));
+    });
+    m.def("topk", [=](const py::tuple& logits, int64_t count, int64_t vocab, int64_t k, double temperature,
+                      uintptr_t logprobs, uintptr_t indices, uintptr_t residual, uintptr_t on) {
+        const TopKArgs args{rows(logits), count, vocab, k, temperature, reinterpret_cast<void*>(logprobs),
+                            reinterpret_cast<int64_t*>(indices), reinterpret_cast<void*>(residual)};
+        py::gil_scoped_release release;
+        topk(args, execution(on));
+    });
+    m.def("scale", [=](uintptr_t x, int dtype, int64_t count, uintptr_t factor, uintptr_t on) {
+        py::gil_scoped_release release;
+        scale(reinterpret_cast<void*>(x), static_cast<Dtype>(dtype), count, reinterpret_cast<const void*>(factor),
+              execution(on));
+    });
+}
+
+void register_cpu(py::module_ m) {
+    register_distill<int>(m, cpu::distill, cpu::topk_distill, cpu::topk, cpu::scale);
+    m.def("isa", cpu::isa);
+    m.def("isas", cpu::isas);
+}
+
+#if defined(PYALIGN_WITH_CUDA)
+void register_cuda(py::module_ m) {
+    register_distill<cudaStream_t>(m, cuda::distill, cuda::topk_distill, cuda::topk, cuda::scale);
+}
+#endif
+
+py::dict build_info() {
+    py::dict info;
+    info["version"] = PYALIGN_VERSION;
+    info["compiler"] = __VERSION__;
+#if defined(_OPENMP)
+    info["openmp"] = true;
+#else
+    info["openmp"] = false;
+#endif
+    std::vector<std::string> targets;  // "sm_90", or "compute_120" for PTX
+#if defined(PYALIGN_WITH_CUDA)
+    info["cuda"] = PYALIGN_CUDA_VERSION;
+    std::istringstream list(PYALIGN_CUDA_ARCHS);
+    for (std::string target; std::getline(list, target, ';');) targets.push_back(target);
+#else
+    info["cuda"] = py::none();
+#endif
+    info["cuda_archs"] = targets;
+    return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.def("build_info", build_info);
+    register_cpu(m.def_submodule("cpu"));
+#if defined(PYALIGN_WITH_CUDA)
+    register_cuda(m.def_submodule("cuda"));
+#endif
+}

@@ -1,0 +1,23 @@
+// The CPU engines: what bindings.cpp calls. `threads` is how many OpenMP threads to use, from torch.get_num_threads().
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "common/distill_args.h"
+
+namespace pyalign::cpu {
+
+// They throw std::invalid_argument for an out-of-range or repeated index, before anything is written in place.
+void distill(const DistillArgs& args, int threads);
+void topk_distill(const TopKDistillArgs& args, int threads);
+void topk(const TopKArgs& args, int threads);
+
+// x[0 .. count) *= factor[0]; returns at once where the factor is 1. `factor` has x's accumulation dtype.
+void scale(void* x, Dtype dtype, int64_t count, const void* factor, int threads);
+
+// The instruction set that was chosen for this machine (or by PYALIGN_CPU_ISA), and those compiled in.
+std::string isa();
+std::vector<std::string> isas();
+
+}  // namespace pyalign::cpu

@@ -1,0 +1,281 @@
+// The CPU entry points: which kernels this machine runs, the split of rows over threads, the checks of indices, and the
+// reduction of row losses, whose order doesn't depend on the number of threads.
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+#include "cpu/cpu.h"
+#include "cpu/kernels.h"
+
+namespace pyalign {
+// Each instruction set's table, in the namespace that its copy of the code lives in.
+#if defined(PYALIGN_HAVE_NEON)
+namespace neon {
+extern const cpu::Kernels kKernels;
+}
+#else
+namespace baseline {
+extern const cpu::Kernels kKernels;
+}
+#endif
+#if defined(PYALIGN_HAVE_AVX2)
+namespace avx2 {
+extern const cpu::Kernels kKernels;
+}
+#endif
+#if defined(PYALIGN_HAVE_AVX512)
+namespace avx512 {
+extern const cpu::Kernels kKernels;
+}
+#endif
+}  // namespace pyalign
+
+namespace pyalign::cpu {
+namespace {
+
+// ---- Instruction sets ----
+
+// Compiled in and supported by this machine, best first.
+std::vector<const Kernels*> usable() {
+    std::vector<const Kernels*> tables;
+#if defined(PYALIGN_HAVE_AVX512)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        tables.push_back(&avx512::kKernels);
+#endif
+#if defined(PYALIGN_HAVE_AVX2)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&avx2::kKernels);
+#endif
+#if defined(PYALIGN_HAVE_NEON)
+    tables.push_back(&neon::kKernels);
+#else
+    tables.push_back(&baseline::kKernels);
+#endif
+    return tables;
+}
+
+const Kernels& choose() {
+    const std::vector<const Kernels*> tables = usable();
+    const char* wanted = std::getenv("PYALIGN_CPU_ISA");
+    if (!wanted || !*wanted) return *tables.front();
+    std::string names;
+    for (const Kernels* table : tables) {
+        if (std::string(table->isa) == wanted) return *table;
+        names += std::string(names.empty() ? "" : ", ") + table->isa;
+    }
+    throw std::invalid_argument(std::string("PYALIGN_CPU_ISA: got '") + wanted + "'; wanted one of " + names);
+}
+
+// ---- Threads ----
+
+// The pool's threads don't survive a fork, and waiting for them would hang: a child works alone.
+std::atomic<bool> forked{false};
+
+[[maybe_unused]] const bool watching_forks = [] {
+#if defined(__unix__) || defined(__APPLE__)
+    pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+    return true;
+}();
+
+struct Deleter {
+    void operator()(std::byte* data) const { ::operator delete[](data, std::align_val_t(64)); }
+};
+
+// This thread's scratch memory, kept for the next call.
+std::byte* scratch(size_t bytes) {
+    thread_local std::unique_ptr<std::byte[], Deleter> memory;
+    thread_local size_t size = 0;
+    if (size < bytes) {
+        memory.reset(static_cast<std::byte*>(::operator new[](bytes, std::align_val_t(64))));
+        size = bytes;
+    }
+    return memory.get();
+}
+
+// Rows per piece: enough for balance between threads (rows may be masked), and long, so that a row is being fetched
+// while the one before it is worked on.
+int64_t grain_of(int64_t rows, int64_t work_per_row, int threads) {
+    const int64_t least = 1 + 65536 / (work_per_row + 1), fair = rows / (8 * threads);
+    return fair > least ? fair : least;
+}
+
+// Calls body(begin, end, scratch) for pieces of [0, rows), `grain` rows each. An exception can't leave a parallel
+// region: the only one possible, of memory, is thrown again outside.
+template <class Body>
+void parallel(int64_t rows, int64_t grain, int64_t work_per_row, size_t scratch_bytes, int threads, Body body) {
+    constexpr int64_t kWorthAThread = 16384;
+    const int64_t pieces = (rows + grain - 1) / grain;
+    if (forked || rows * work_per_row < kWorthAThread) threads = 1;
+    if (threads > pieces) threads = static_cast<int>(pieces);
+    std::atomic<bool> out_of_memory{false};
+    const auto piece = [&](int64_t i) {
+        try {
+            const int64_t end = (i + 1) * grain;
+            body(i * grain, end < rows ? end : rows, scratch(scratch_bytes));
+        } catch (const std::bad_alloc&) {
+            out_of_memory = true;
+        }
+    };
+    if (threads <= 1) {
+        for (int64_t i = 0; i < pieces; ++i) piece(i);
+    } else {
+#if defined(_OPENMP)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+#endif
+        for (int64_t i = 0; i < pieces; ++i) piece(i);
+    }
+    if (out_of_memory) throw std::bad_alloc();
+}
+
+// ---- Indices ----
+
+[[noreturn]] void refuse(const char* name, int64_t row, int64_t value, int64_t limit) {
+    throw std::invalid_argument(std::string(name) + ": row " + std::to_string(row) + " holds " + std::to_string(value) +
+                                "; wanted 0 <= " + name + " < " + std::to_string(limit));
+}
+
+void check_tokens(const Tokens& tokens, const DistillOptions& options) {
+    const bool hard = options.hard_weight > 0;
+    if (!tokens.teacher_rows && !hard) return;
+    for (int64_t row = 0; row < tokens.count; ++row) {
+        if (!is_counted(tokens, row)) continue;
+        if (tokens.teacher_rows && tokens.teacher_rows[row] >= tokens.teacher_count)
+            refuse("teacher_rows", row, tokens.teacher_rows[row], tokens.teacher_count);
+        if (!hard || tokens.targets[row] == tokens.ignore_index) continue;
+        if (tokens.targets[row] < 0 || tokens.targets[row] >= options.vocab)
+            refuse("targets", row, tokens.targets[row], options.vocab);
+    }
+}
+
+// Throws for the first counted row whose entries are out of range or repeated, if there is one.
+void check_entries(const TopKDistillArgs& args) {
+    std::vector<Entry> entries(static_cast<size_t>(args.teacher.k));
+    for (int64_t row = 0; row < args.tokens.count; ++row) {
+        const int64_t teacher_row = args.tokens.teacher_rows ? args.tokens.teacher_rows[row] : row;
+        if (!is_counted(args.tokens, row)) continue;
+        if (sorted_entries(args.teacher, teacher_row, args.options.vocab, entries.data()) >= 0) continue;
+        for (int64_t place = 0; place < args.teacher.k; ++place) {
+            const int64_t at = teacher_row * args.teacher.k + place;
+            const int64_t index = args.teacher.wide_indices ? static_cast<const int64_t*>(args.teacher.indices)[at]
+                                                            : static_cast<const int32_t*>(args.teacher.indices)[at];
+            if (index < -1 || index >= args.options.vocab) refuse("teacher.indices", row, index, args.options.vocab);
+        }
+        throw std::invalid_argument("teacher.indices: row " + std::to_string(row) + " holds an index twice");
+    }
+}
+
+// ---- Losses ----
+
+size_t accumulator(Dtype dtype) { return dtype == Dtype::kFloat64 ? sizeof(double) : sizeof(float); }
+
+double read(const void* data, Dtype dtype) {
+    return dtype == Dtype::kFloat64 ? *static_cast<const double*>(data)
+                                    : static_cast<double>(*static_cast<const float*>(data));
+}
+
+double denominator_of(const Tokens& tokens, Dtype dtype) {
+    if (tokens.reduction != Reduction::kMean) return 1;
+    if (tokens.num_items) return read(tokens.num_items, dtype);
+    int64_t counted = 0;
+    for (int64_t row = 0; row < tokens.count; ++row) counted += is_counted(tokens, row);
+    return static_cast<double>(counted);
+}
+
+template <class F>
+void reduce(const Outputs& out, int64_t count, double denominator) {
+    const F* losses = static_cast<const F*>(out.row_loss);
+    double sum = 0;
+    for (int64_t row = 0; row < count; ++row) sum += static_cast<double>(losses[row]);
+    *static_cast<F*>(out.loss) = static_cast<F>(denominator == 0 ? 0 : sum / denominator);
+}
+
+// Runs one of the loss kernels over all rows. `Args` is DistillArgs or TopKDistillArgs.
+template <class Args>
+void run_loss(const Args& args, void (*kernel)(const Args&, double, void*, Span), size_t scratch_bytes, int threads) {
+    // A gradient of this size leaves the caches before anybody reads it.
+    constexpr int64_t kStreamBytes = int64_t{16} << 20;
+    const Dtype dtype = args.student.dtype;
+    const int64_t count = args.tokens.count, width = args.out.width;
+    const int64_t element = dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+    const bool in_place = args.out.gradient.data == args.student.data;
+    const bool stream = args.out.gradient.data && !in_place && count * width * element > kStreamBytes;
+    const double denominator = denominator_of(args.tokens, dtype);
+    void* const row_loss = args.out.row_loss ? args.out.row_loss : args.out.loss;
+    const int64_t grain = grain_of(count, args.options.vocab, threads);
+
+    parallel(count, grain, args.options.vocab, scratch_bytes, threads,
+             [&](int64_t begin, int64_t end, std::byte* memory) {
+                 kernel(args, denominator, row_loss, Span{begin, end, memory, stream});
+             });
+    if (!args.out.row_loss) return;
+    if (dtype == Dtype::kFloat64)
+        reduce<double>(args.out, count, denominator);
+    else
+        reduce<float>(args.out, count, denominator);
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+    static const Kernels& chosen = choose();
+    return chosen;
+}
+
+std::string isa() { return kernels().isa; }
+
+std::vector<std::string> isas() {
+    std::vector<std::string> names;
+#if defined(PYALIGN_HAVE_AVX512)
+    names.push_back("avx512");
+#endif
+#if defined(PYALIGN_HAVE_AVX2)
+    names.push_back("avx2");
+#endif
+#if defined(PYALIGN_HAVE_NEON)
+    names.push_back("neon");
+#else
+    names.push_back("baseline");
+#endif
+    return names;
+}
+
+void distill(const DistillArgs& args, int threads) {
+    check_tokens(args.tokens, args.options);
+    run_loss(args, kernels().distill, distill_scratch(args.options.vocab, accumulator(args.student.dtype)), threads);
+}
+
+void topk_distill(const TopKDistillArgs& args, int threads) {
+    check_tokens(args.tokens, args.options);
+    check_entries(args);
+    run_loss(args, kernels().topk_distill, topk_scratch(args.options.vocab, args.teacher.k, accumulator(args.student.dtype)), threads);
+}
+
+void topk(const TopKArgs& args, int threads) {
+    const int64_t grain = grain_of(args.count, args.vocab, threads);
+    parallel(args.count, grain, args.vocab, topk_scratch(args.vocab, args.k, accumulator(args.logits.dtype)), threads,
+             [&](int64_t begin, int64_t end, std::byte* memory) {
+                 kernels().topk(args, Span{begin, end, memory, false});
+             });
+}
+
+void scale(void* x, Dtype dtype, int64_t count, const void* factor, int threads) {
+    const double value = read(factor, dtype);
+    if (value == 1) return;
+    constexpr int64_t kGrain = 65536;
+    parallel(count, kGrain, 1, 0, threads, [&](int64_t begin, int64_t end, std::byte*) {
+        kernels().scale(x, dtype, begin, end, value);
+    });
+}
+
+}  // namespace pyalign::cpu

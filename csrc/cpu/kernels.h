@@ -1,0 +1,51 @@
+// The table of kernels that is compiled once per instruction set, and what a kernel is told beside its op's arguments.
+#pragma once
+
+#include <cstddef>
+
+#include "common/distill_args.h"
+
+namespace pyalign::cpu {
+
+// One entry of a teacher's top-k set, or of the set being extracted.
+struct Entry {
+    double value;  // log-prob
+    int64_t index;
+    int64_t place;  // where it stands in the teacher's row
+};
+
+// The rows [begin, end) are one thread's; `scratch` is that thread's own.
+struct Span {
+    int64_t begin, end;
+    std::byte* scratch;
+    bool stream;  // write the gradient past the caches
+};
+
+struct Kernels {
+    const char* isa;
+    // `denominator` is what the sum is divided by: 1, the count or num_items; row losses go to `row_loss`.
+    void (*distill)(const DistillArgs&, double denominator, void* row_loss, Span);
+    void (*topk_distill)(const TopKDistillArgs&, double denominator, void* row_loss, Span);
+    void (*topk)(const TopKArgs&, Span);
+    void (*scale)(void* x, Dtype, int64_t begin, int64_t end, double factor);
+};
+
+// Scratch that the kernels above need per thread, in bytes.
+constexpr int64_t kBlock = 1024;
+inline size_t distill_scratch(int64_t vocab, size_t element) { return element * 2 * (2 * vocab + vocab / kBlock + 1); }
+inline size_t topk_scratch(int64_t vocab, int64_t k, size_t element) {
+    return (sizeof(Entry) + sizeof(double)) * k + element * vocab;
+}
+
+// Compiled once (entries.cpp), called by the kernels: no instruction set's copy of a standard algorithm may serve
+// another's.
+bool is_counted(const Tokens& tokens, int64_t row);
+// The teacher's entries for this row, by ascending index; -1 where an index is out of range or stands twice.
+int64_t sorted_entries(const TopK& teacher, int64_t teacher_row, int64_t vocab, Entry* entries);
+double residual_of(const TopK& teacher, int64_t teacher_row, const Entry* entries, int64_t count);
+void sort_by_index(Entry* entries, int64_t count);
+void sort_by_value(Entry* entries, int64_t count);  // descending, equals by ascending index
+
+const Kernels& kernels();
+
+}  // namespace pyalign::cpu
