@@ -1,6 +1,7 @@
 """The native build explains its failures; wheels, sdists and editable installs hold what they should."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -184,18 +185,21 @@ def test_sdist_holds_all_sources(distributions: tuple[Path, Path]):
         names = {name.partition("/")[2] for name in archive.getnames()}
     tracked = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.split()
-    assert {"csrc/bindings.cpp", "kernels/__init__.py", "pyalign/_C.pyi", "LICENSE", *tracked} - {
-        ".gitignore"
-    } <= names
+    ).stdout
+    sources = {"csrc/bindings.cpp", "kernels/__init__.py", "pyalign/_C.pyi", "LICENSE", *tracked.split()}
+    assert sources - {".gitignore"} <= names
     assert not [name for name in names if name.endswith((".so", ".o", ".pyc"))]
 
 
 @pytest.mark.packaging
 def test_wheel_holds_pyalign_and_nothing_else(distributions: tuple[Path, Path]):
-    names = zipfile.ZipFile(distributions[1]).namelist()
+    archive = zipfile.ZipFile(distributions[1])
+    names = archive.namelist()
     assert {name.partition("/")[0] for name in names} == {"pyalign", f"pyalign-{__version__}.dist-info"}
     assert {"pyalign/py.typed", "pyalign/_C.pyi", "pyalign/kernels/__init__.py"} <= set(names)
+    metadata = archive.read(f"pyalign-{__version__}.dist-info/METADATA").decode()
+    requirements = re.findall(r"^Requires-Dist: ([^;]*)$", metadata, re.MULTILINE)
+    assert requirements == ["torch>=2.8", "numpy"]
     native = [name for name in names if ".so" in name]
     assert native == [f"pyalign/_C{sysconfig.get_config_var('EXT_SUFFIX')}"]
 
