@@ -44,8 +44,6 @@ class PromptedModel:
     def __init__(self, lm: CausalLM, prompt: str, *, prompt_cache: bool = True):
         self.lm = lm
         self.prompt_ids = lm.encode(prompt)
-        if not self.prompt_ids:
-            raise JobError("prompt: it is empty; wanted the text to distil into the model")
         self._bos = [] if lm.bos is None else [lm.bos]
         prefix = torch.tensor([self._bos + self.prompt_ids], device=lm.device)
         self._prefix, self._cache, self._last = prefix, None, None
@@ -109,6 +107,8 @@ def collect(
             raise JobError(f"{name}: got {getattr(settings, name)}; wanted at least 1")
 
     prompt_tokens = len(lm.encode(settings.prompt))
+    if not prompt_tokens:
+        raise JobError("prompt: it is empty; wanted the text to distil into the model")
     longest = prompt_tokens + max(len(s.tokens) for s in sequences)
     limit = getattr(lm.model.config, "max_position_embeddings", None)
     if limit is not None and longest > limit:

@@ -360,6 +360,8 @@ def _check(settings: TrainSettings) -> None:
     for name in ("epochs", "batch_size", "micro_batch", "checkpoint_every"):
         if getattr(settings, name) < 1:
             raise JobError(f"{name}: got {getattr(settings, name)}; wanted at least 1")
+    if settings.divergence == "jsd" and not 0 < settings.beta < 1:
+        raise JobError(f"beta: got {settings.beta}; wanted 0 < beta < 1 with the divergence jsd")
     for name in ("learning_rate", "max_grad_norm"):
         if not getattr(settings, name) > 0:
             raise JobError(f"{name}: got {getattr(settings, name)}; wanted a positive number")
