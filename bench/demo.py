@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -39,9 +40,7 @@ def find_model() -> Path:
 
 
 def write_texts(path: Path) -> None:
-    """Each help topic as a document and as a question with its answer; one group, so both are held out or
-    neither is.
-    """
+    """Each help topic as a document and as a question with its answer: one group, held out or not together."""
     lines: list[str] = []
     for name, text in sorted(topics.items()):
         title, _, body = text.strip().partition("\n")
@@ -62,8 +61,7 @@ def main() -> int:
     write_texts(out / "topics.jsonl")
     print(
         f"demo: SmolLM2-135M-Instruct, the last {LAYERS} of 30 layers, {SEQUENCES} sequences of up to "
-        f"{CHUNK} tokens "
-        f"(about a seventh held out), {EPOCHS} epochs, AdamW {RATE:g}"
+        f"{CHUNK} tokens (about a seventh held out), {EPOCHS} epochs, AdamW {RATE:g}"
     )
     options = {
         "--model": find_model(),
@@ -83,7 +81,8 @@ def main() -> int:
     }
     arguments = [str(a) for pair in options.items() for a in pair]
     print(f"demo: pyalign distill run {shlex.join(arguments)}", flush=True)
-    status = subprocess.call([sys.executable, "-m", "pyalign.cli", "distill", "run", *arguments])
+    command = [sys.executable, "-m", "pyalign.cli", "distill", "run", *arguments]
+    status = subprocess.call(command, env={**os.environ, "TQDM_DISABLE": "1"})
     if status:
         return status
     figures = json.loads((out / "report.json").read_text(encoding="utf-8"))

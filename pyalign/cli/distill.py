@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -396,7 +395,6 @@ class _Job:
 
     def load(self, model: Path, gguf_file: str | None, dtype: str, device: str) -> CausalLM:
         chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        os.environ.setdefault("TQDM_DISABLE", "1")  # GGUF's loading bar has no other switch
         transformers = require("transformers")
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
