@@ -96,7 +96,7 @@ __device__ __forceinline__ void distill_row(const DistillParams& params, int64_t
     T* const gradient = p.gradient.data ? row_pointer<T>(p.gradient, row) : nullptr;  // [width]
     const float slope_factor = token.factor * p.slope_weight;
     const auto write = [&](int element, auto& slopes, const auto& student) {
-        for (float& slope : slopes) slope *= slope_factor;
+        for (float& slope : slopes) slope = slope_factor == 0.f ? 0.f : slope * slope_factor;  // 0 weighs even NaN off
         if (has_target) hard.add(slopes, element, student);
         store(gradient + element, slopes);
     };

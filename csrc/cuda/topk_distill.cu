@@ -251,10 +251,11 @@ __global__ void __launch_bounds__(kMostThreads) topk_distill_rows(const TopKPara
                     const float logit[1] = {widen(student[index])};
                     const Point<float> at = categories.at(logit[0], 0.f, entries.logprob(place));
                     const float slope = tail == Tail::kDrop ? divergence.flow(at) - at.q * sums.aux : divergence.slope(at, sums);
-                    float value[1] = {slope_factor * slope};
+                    float value[1] = {slope_factor == 0.f ? 0.f : slope_factor * slope};
                     if (has_target) hard.add(value, int(index), logit);
                     store(gradient + index, value);
                 });
+                if (slope_factor == 0.f) return;
                 if (tail == Tail::kBucket && states.rest.sum != 0.f)
                     scale = slope_factor * divergence.slope(outside, sums) / states.rest.sum, max = states.rest.max;
                 if (tail == Tail::kDrop) scale = -slope_factor * sums.aux / all.sum, max = all.max;
