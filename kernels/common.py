@@ -1,12 +1,14 @@
-# Kernels are typed by Triton when they are compiled; triton itself ships no annotations.
-# pyright: reportMissingParameterType=false, reportUnknownParameterType=false, reportUntypedFunctionDecorator=false
-# pyright: reportUnknownLambdaType=false, reportPrivateUsage=false
-"""What every kernel is made of: accurate float32 functions, softmax states, rows in memory, tokens, and the launch.
+# Triton types kernels when it compiles them, and ships no annotations.
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+# pyright: reportUntypedFunctionDecorator=false, reportPossiblyUnboundVariable=false
+# pyright: reportOperatorIssue=false, reportArgumentType=false, reportAssignmentType=false
+"""What every kernel is made of: float32 functions, softmax states, rows in memory, tokens, the launch.
 
-The functions are those of ``csrc/common/math.h`` and ``distill.h``, over Triton tensors. One program serves one row.
-It walks the row in blocks of ``BLOCK`` columns, each lane of a block keeps a state of its own, and the lanes are
-merged once at the end, so that the loop over a row holds no reduction. Only the first walk reads from memory; later
-ones find the row in the L2 cache, and alternate their direction to meet first what was read last.
+The functions are those of ``csrc/common/math.h`` and ``distill.h``, over Triton tensors. One program serves
+one row. It walks the row in blocks of ``BLOCK`` columns, each lane of a block keeps a state of its own, and
+the lanes are merged once at the end, so that the loop over a row holds no reduction. Only the first walk
+reads from memory; later ones find the row in the L2 cache, and alternate their direction to meet first what
+was read last.
 """
 
 from __future__ import annotations
@@ -18,16 +20,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from pyalign._types import Rows, Tokens
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-LOG2_E = tl.constexpr(1.4426950216293335)  # the float nearest to log2 e, and what it lacks
-LOG2_E_REST = tl.constexpr(1.925962989e-8)
+LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
 MANTISSA = tl.constexpr(0x007FFFFF)
-NAN = tl.constexpr(float("nan"))
 INFINITY = tl.constexpr(float("inf"))
 
 # Functions
@@ -35,20 +36,27 @@ INFINITY = tl.constexpr(float("inf"))
 
 @triton.jit
 def exp_nonpositive(x):
-    """e^x to relative 2e-7. Meant for x <= 0: from -104 down it is 0. NaN stays NaN."""
-    x = tl.maximum(x, -104.0, propagate_nan=tl.PropagateNan.ALL)
-    power = x * LOG2_E
-    lost = tl.fma(x, LOG2_E, -power) + x * LOG2_E_REST  # by rounding the product: up to 3e-6 of the result
-    y = tl.exp2(power)
-    return y + y * (lost * LN_2)
+    """e^x for x <= 0. The product with log2 e rounds: the relative error is at most 1e-7 + 6e-8 |x|."""
+    return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
-def log_positive(x):
-    """log x for normal x > 0 to relative 1e-7; 0 gives -inf. No branches, unlike the device's."""
-    offset = x.to(tl.int32, bitcast=True) - SQRT_HALF_BITS  # x = 2^n (1 + r), 1 + r in [sqrt(1/2), sqrt(2))
-    n = (offset >> 23).to(tl.float32)
-    r = ((offset & MANTISSA) + SQRT_HALF_BITS).to(tl.float32, bitcast=True) - 1.0
+def exp_scaled(x, inverse_temperature):
+    """e^(x / T) for x <= 0."""
+    return tl.exp2(x * (inverse_temperature * LOG2_E))
+
+
+@triton.jit
+def log_parts(x):
+    """(n, r) with x = 2^n (1 + r), 1 + r in [sqrt(1/2), sqrt(2))."""
+    offset = x.to(tl.int32, bitcast=True) - SQRT_HALF_BITS
+    return (offset >> 23).to(tl.float32), ((offset & MANTISSA) + SQRT_HALF_BITS).to(
+        tl.float32, bitcast=True
+    ) - 1.0
+
+
+@triton.jit
+def log_series(n, r):
     y = 7.0376836292e-2 * r - 1.1514610310e-1
     y = y * r + 1.1676998740e-1
     y = y * r - 1.2420140846e-1
@@ -58,16 +66,21 @@ def log_positive(x):
     y = y * r - 2.4999993993e-1
     y = y * r + 3.3333331174e-1
     square = r * r
-    result = ((y * r * square - n * 2.12194440e-4) - 0.5 * square) + r + n * 0.693359375
-    return tl.where(x > 0, result, tl.where(x == 0, -INFINITY, x * NAN))
+    return ((y * r * square - n * 2.12194440e-4) - 0.5 * square) + r + n * 0.693359375
+
+
+@triton.jit
+def log_positive(x):
+    """log x for normal x > 0 to relative 1e-7; 0 gives -inf. No branches, unlike the device's."""
+    n, r = log_parts(x)
+    return tl.where(x > 0, log_series(n, r), tl.where(x == 0, -INFINITY, x * float("nan")))
 
 
 @triton.jit
 def log1p_nonpositive(x):
-    """log(1 + x) for -1 <= x <= 0. 1 + x rounds to u; the last term puts back what the rounding took."""
-    u = 1.0 + x
-    lost = x - (u - 1.0)
-    return log_positive(u) + tl.where(u > 0, lost / u, 0.0)
+    """log(1 + x) for -1 < x <= 0. Where 1 + x > sqrt(1/2), r is x itself, not 1 + x rounded, less 1."""
+    n, r = log_parts(1.0 + x)
+    return log_series(n, tl.where(n == 0.0, x, r))
 
 
 @triton.jit
@@ -100,68 +113,88 @@ def log1mexp(x):
     return tl.where(x >= 0, -INFINITY, tl.where(x > -LN_2, near, far))
 
 
-# Softmax states: a lane has folded logits into best (the largest, -inf at first), first (its column, the lowest of
-# equals), and total = sum exp((x - max(best, LOWEST)) / T).
+# Softmax states: best is the largest of the logits folded so far (LOWEST before the first) and total is sum
+# exp((x - best) / T). The GROUP columns of a block that one thread holds share a state, which is rescaled
+# once for all of them: neighbours where loads are vectors (ALIGN > 1), else every BLOCK / GROUP-th column.
 
 
 @triton.jit
-def fold(best, first, total, logit, columns, inverse_temperature):
-    rise = logit - tl.maximum(best, LOWEST)
-    decay = exp_nonpositive(-tl.abs(rise) * inverse_temperature)
-    total = tl.where(rise > 0, total * decay + 1.0, total + decay)
-    first = tl.where(logit > best, columns, first)
-    best = tl.where(logit > best, logit, best)
-    return best, first, total
+def fold(best, total, logits, inverse_temperature, ALIGN: tl.constexpr, GROUP: tl.constexpr):
+    """(best, total) of BLOCK / GROUP states with BLOCK more logits."""
+    STATES: tl.constexpr = logits.shape[0] // GROUP
+    AXIS: tl.constexpr = 1 if ALIGN > 1 else 0
+    x = tl.reshape(logits, (STATES, GROUP) if ALIGN > 1 else (GROUP, STATES))
+    top = tl.maximum(best, tl.max(x, AXIS))
+    total *= exp_scaled(best - top, inverse_temperature)
+    return top, total + tl.sum(exp_scaled(x - tl.expand_dims(top, AXIS), inverse_temperature), AXIS)
 
 
 @triton.jit
-def fold_total(best, total, logit, inverse_temperature):
-    """The new total alone, where another temperature's state shares ``best``; to be called before ``fold``."""
-    rise = logit - tl.maximum(best, LOWEST)
-    decay = exp_nonpositive(-tl.abs(rise) * inverse_temperature)
-    return tl.where(rise > 0, total * decay + 1.0, total + decay)
+def merge_states(best, total, top, inverse_temperature):
+    """The total of all states, taken at ``top``."""
+    return tl.sum(total * exp_scaled(best - top, inverse_temperature), 0)
 
 
 @triton.jit
-def rescale(best, to, inverse_temperature):
-    """The factor that brings a total taken at ``best`` to the maximum ``to``."""
-    return exp_nonpositive((tl.maximum(best, LOWEST) - tl.maximum(to, LOWEST)) * inverse_temperature)
-
-
-@triton.jit
-def merge_lanes(best, total, top, inverse_temperature):
-    return tl.sum(total * rescale(best, top, inverse_temperature), 0)
+def merge_checked(best, total, top, inverse_temperature):
+    return checked(top, merge_states(best, total, top, inverse_temperature))
 
 
 @triton.jit
 def checked(top, total):
     """The total of a row, NaN if its logits were all -inf or held +inf or NaN."""
-    return tl.where((total > 0) & (top < INFINITY), total, NAN)
+    return tl.where((total > 0) & (top < INFINITY), total, float("nan"))
+
+
+# The most likely entry: each lane of a block remembers the best of its columns (-inf before the first), and
+# the first of them that holds it.
 
 
 @triton.jit
-def first_of(best, first, top):
-    """The lowest column that holds ``top``."""
-    return tl.min(tl.where(best == top, first, 0x7FFFFFFF), 0)
+def lead(best, first, logits, columns):
+    return tl.where(logits > best, logits, best), tl.where(logits > best, columns, first)
+
+
+@triton.jit
+def leader(best, first):
+    """The lowest column that holds the largest logit of a row."""
+    return tl.min(tl.where(best == tl.max(best, 0), first, 0x7FFFFFFF), 0)
+
+
+@triton.jit
+def fold_lane(best, total, logits, inverse_temperature):
+    """The total of ``lead``'s lanes, at max(best, LOWEST), with one more logit each; called before it."""
+    rise = logits - tl.maximum(best, LOWEST)
+    decay = exp_scaled(-tl.abs(rise), inverse_temperature)
+    return tl.where(rise > 0, total * decay + 1.0, total + decay)
 
 
 # Rows and tokens
 
 
 @triton.jit
-def row_start(row, inner, outer_stride, inner_stride, ALIGN: tl.constexpr):
-    start = (row // inner) * outer_stride + (row % inner) * inner_stride
-    return tl.multiple_of(start, ALIGN)
+def multiple(x, ALIGN: tl.constexpr):
+    """x, which is a multiple of ALIGN, in a form that tells the compiler."""
+    return x // ALIGN * ALIGN
 
 
 @triton.jit
-def load_logits(row, columns, vocab, limit):
-    """float32 logits at ``columns``, -inf from ``vocab`` on. ``limit`` >= vocab: how far may be read.
+def row_start(row, inner, outer_stride, inner_stride, ALIGN: tl.constexpr):
+    start = (row // inner) * outer_stride + (row % inner) * inner_stride
+    return multiple(start, ALIGN)
 
-    Reading up to a multiple of the vector's length keeps the loads whole where the vocabulary's end is ragged.
+
+@triton.jit
+def load_logits(row, columns, vocab, limit, RAGGED: tl.constexpr):
+    """float32 logits at ``columns``, -inf from ``vocab`` on.
+
+    Where the vocabulary's end is ragged, loads stay whole by reading on to ``limit``, a multiple of their
+    length.
     """
     x = tl.load(row + columns, mask=columns < limit, other=-INFINITY).to(tl.float32)
-    return tl.where(columns < vocab, x, -INFINITY)
+    if RAGGED:
+        x = tl.where(columns < vocab, x, -INFINITY)
+    return x
 
 
 @triton.jit
@@ -230,7 +263,7 @@ def reduce_kernel(
     tl.store(loss, tl.where(divisor == 0, 0.0, tl.sum(total, 0) / divisor))
 
 
-_REDUCE_BLOCK = 4096
+_REDUCE_BLOCK = 2048
 
 
 # The host's side
@@ -247,14 +280,16 @@ def check_dtype(name: str, x: Tensor) -> None:
 def launch(kernel: Any, programs: int, warps: int, **arguments: Any) -> None:
     """Runs ``kernel`` on the device of its tensors, if there is anything to run."""
     device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
-    if device.type == "cpu" and not triton.knobs.runtime.interpret:
+    if device.type == "cpu" and not knobs.runtime.interpret:
         raise RuntimeError(
-            "the Triton kernels got CPU tensors; those need TRITON_INTERPRET=1 in the environment before the start"
+            "the Triton kernels got CPU tensors: those need TRITON_INTERPRET=1 in the environment"
         )
     if programs == 0:
         return
     # The interpreter computes with NumPy, which would warn of every -inf - -inf that a select drops.
-    context = np.errstate(all="ignore") if device.type == "cpu" else torch.get_device_module(device).device(device)
+    context = (
+        np.errstate(all="ignore") if device.type == "cpu" else torch.get_device_module(device).device(device)
+    )
     with context:
         kernel[(programs,)](**arguments, num_warps=warps, enable_fp_fusion=True)
 
@@ -265,12 +300,14 @@ def warp_size(device: torch.device) -> int:
     return 32
 
 
-def threads(vocab: int) -> int:
+def threads(row_bytes: int, most: int = 1024) -> int:
     """Threads of a program, each of which takes 8 columns of a block (16 bytes of a 16-bit type).
 
-    Long rows get large programs: fewer rows are then under way at once, and what they re-read is still in the cache.
+    Long rows get large programs: fewer rows are then under way at once, and what they re-read is still in the
+    cache.
     """
-    return 128 if vocab <= 2048 else 256 if vocab <= 8192 else 512 if vocab <= 32768 else 1024
+    wanted = 128 if row_bytes <= 4096 else 256 if row_bytes <= 16384 else 512 if row_bytes <= 65536 else 1024
+    return min(wanted, most)
 
 
 COLUMNS_PER_THREAD = 8
@@ -285,17 +322,21 @@ def row_arguments(name: str, matrix: Rows) -> dict[str, Any]:
     }
 
 
-def alignment(vocab: int, widths: list[int], matrices: list[Rows], stored: int | None) -> tuple[int, int]:
-    """(ALIGN, limit): what every row starts at a multiple of, and how far beyond the vocabulary rows may be read.
+def access(vocab: int, widths: list[int], matrices: list[Rows], stored: bool) -> dict[str, Any]:
+    """How far rows may be read and in what vectors.
 
-    Vectorised access needs both, and so does the width of a row that is stored.
+    ALIGN is what every row starts at a multiple of, and ``limit``, how far beyond the vocabulary rows may be
+    read, is a multiple of it: vectorised access needs both. So is the width of a row that is stored (the
+    first of ``widths``).
     """
-    for align in (16, 8, 4, 2):
+    itemsize = max(m.tensor.element_size() for m in matrices)
+    for align in (16, 8, 4, 2, 1):
         limit = -(-vocab // align) * align
         whole = all(m.outer_stride % align == 0 and m.inner_stride % align == 0 for m in matrices)
-        if whole and limit <= min(widths) and (stored is None or stored % align == 0):
-            return align, limit
-    return 1, vocab
+        if whole and limit <= min(widths) and (not stored or widths[0] % align == 0):
+            break
+    group = min(align, 16 // itemsize) if align > 1 else COLUMNS_PER_THREAD
+    return {"vocab": vocab, "limit": limit, "RAGGED": limit > vocab, "ALIGN": align, "GROUP": group}
 
 
 def denominator_of(tokens: Tokens, count: int, device: torch.device) -> tuple[Tensor | None, float]:
@@ -310,7 +351,7 @@ def denominator_of(tokens: Tokens, count: int, device: torch.device) -> tuple[Te
     launch(
         count_kernel,
         1,
-        4,
+        8,
         **token_arguments(tokens),
         counted=counted,
         rows=count,

@@ -1,5 +1,7 @@
-# Kernels are typed by Triton when they are compiled; triton itself ships no annotations.
-# pyright: reportMissingParameterType=false, reportUnknownParameterType=false, reportUntypedFunctionDecorator=false
+# Triton types kernels when it compiles them, and ships no annotations.
+# pyright: reportMissingParameterType=false, reportUnknownParameterType=false
+# pyright: reportUntypedFunctionDecorator=false, reportPossiblyUnboundVariable=false
+# pyright: reportOperatorIssue=false, reportArgumentType=false
 """Distillation losses and top-k extraction in Triton: the twin of ``csrc/common/distill.h``.
 
 With p = softmax(teacher / T), q = softmax(student / T) and d = log q - log p, a program walks its row to
@@ -21,31 +23,34 @@ import triton.language as tl
 from torch import Tensor
 
 from pyalign._types import Options, Results, Rows, Tokens, rows
-from pyalign.kernels.common import (
+
+from .common import (
     COLUMNS_PER_THREAD,
     INFINITY,
     LOWEST,
-    NAN,
-    alignment,
+    access,
     check_dtype,
     checked,
     denominator_of,
     exp_nonpositive,
+    exp_scaled,
     expm1_nonpositive,
-    first_of,
     fold,
-    fold_total,
+    fold_lane,
     in_series,
     is_counted,
     launch,
+    lead,
+    leader,
     load_logits,
     log1mexp,
     log1p_nonpositive,
     log_positive,
-    merge_lanes,
+    merge_checked,
+    merge_states,
+    multiple,
     phi_series,
     reduce_loss,
-    rescale,
     row_arguments,
     row_factor,
     row_start,
@@ -56,15 +61,17 @@ from pyalign.kernels.common import (
 
 MAX_K = 256
 
-# Points: the teacher's and student's probability p and q of an entry, and d = log q - log p (0 where both are 0).
+# Points: the teacher's and student's probability p and q of an entry, and d = log q - log p (0 where both are
+# 0).
 
 
 @triton.jit
 def finish(student_max, student_total, teacher_max, teacher_total, inverse_temperature):
     """What two finished states say about every entry of their rows, for ``point``.
 
-    Max and total stay apart: the difference of two log-sum-exps would carry the rounding of the logits' level. Where
-    the two rows lie on one level, s - t is subtracted first and is nearly exact; else each row's max goes first.
+    Max and total stay apart: the difference of two log-sum-exps would carry the rounding of the logits'
+    level. Where the two rows lie on one level, s - t is subtracted first and is nearly exact; else each row's
+    max goes first.
     """
     ratio = log_positive(tl.div_rn(student_total, teacher_total))
     level = (student_max - teacher_max) * inverse_temperature + ratio
@@ -81,10 +88,10 @@ def point(student, teacher, pair, inverse_temperature):
     student_side, teacher_side, log_ratio = pair
     student_max, student_scale, student_origin = student_side
     teacher_max, teacher_scale, teacher_origin = teacher_side
-    q = exp_nonpositive((student - student_max) * inverse_temperature) * student_scale
-    p = exp_nonpositive((teacher - teacher_max) * inverse_temperature) * teacher_scale
+    q = exp_scaled(student - student_max, inverse_temperature) * student_scale
+    p = exp_scaled(teacher - teacher_max, inverse_temperature) * teacher_scale
     d = ((student - student_origin) - (teacher - teacher_origin)) * inverse_temperature - log_ratio
-    return p, q, tl.where(p + q == 0.0, 0.0, d)
+    return p, q, tl.where(d == d, d, 0.0)  # NaN: -inf on both sides, or p and q are NaN
 
 
 @triton.jit
@@ -189,8 +196,8 @@ def _map_needs_sums(divergence: str) -> bool:
     return divergence != "forward_kl"
 
 
-# The hard term: cross-entropy of softmax(student) at temperature 1. A target of ignore_index asks for none, one out of
-# range makes its row NaN.
+# The hard term: cross-entropy of softmax(student) at temperature 1. A target of ignore_index asks for none,
+# one out of range makes its row NaN.
 
 
 @triton.jit
@@ -198,7 +205,7 @@ def load_target(targets, row, student_row, vocab, ignore_index):
     """(target or -1, its logit): the logit is NaN for a target out of range."""
     target = tl.load(targets + row)
     known = (target >= 0) & (target < vocab)
-    logit = tl.load(student_row + target, mask=known, other=NAN).to(tl.float32)
+    logit = tl.load(student_row + target, mask=known, other=float("nan")).to(tl.float32)
     return tl.where(target == ignore_index, -1, target), tl.where(target == ignore_index, 0.0, logit)
 
 
@@ -210,7 +217,7 @@ def hard_loss(target, logit, student_max, hard_total):
 @triton.jit
 def hard_slope(student, columns, target, logit, student_max, hard_total):
     """softmax(student) - [column is the target]; NaN with the target's logit, 0 without a target."""
-    scale = tl.where(logit == logit, 1.0 / hard_total, NAN)
+    scale = tl.where(logit == logit, 1.0 / hard_total, float("nan"))
     q = exp_nonpositive(student - student_max) * scale
     return tl.where(target == -1, 0.0, q - tl.where(columns == target, 1.0, 0.0))
 
@@ -225,7 +232,11 @@ def clear(pointer, width, BLOCK: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        *(f"{matrix}_{part}" for matrix in ("student", "teacher", "gradient") for part in ("inner", "outer", "stride")),
+        *(
+            f"{matrix}_{part}"
+            for matrix in ("student", "teacher", "gradient")
+            for part in ("inner", "outer", "stride")
+        ),
         *("teacher_count", "vocab", "limit", "width", "ignore_index"),
     ]
 )
@@ -268,13 +279,15 @@ def distill_kernel(
     HARD: tl.constexpr,  # with a hard term
     WARM: tl.constexpr,  # T is not 1: the hard term needs its own total
     PER_ROW: tl.constexpr,
+    RAGGED: tl.constexpr,
     ALIGN: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
-    limit = tl.multiple_of(limit, ALIGN)
-    width = tl.multiple_of(width, ALIGN)
+    limit = multiple(limit, ALIGN)
+    width = multiple(width, ALIGN)
     student_row = student + row_start(row, student_inner, student_outer, student_stride, ALIGN)
     if gradient is not None:
         gradient_row = gradient + row_start(row, gradient_inner, gradient_outer, gradient_stride, ALIGN)
@@ -285,46 +298,45 @@ def distill_kernel(
         if teacher_rows is not None:
             teacher_number = tl.load(teacher_rows + row)
         exists = teacher_number < teacher_count
-        teacher_limit = tl.multiple_of(tl.where(exists, limit, 0), ALIGN)
+        teacher_limit = multiple(tl.where(exists, limit, 0), ALIGN)
         teacher_number = tl.where(exists, teacher_number, 0)
         teacher_row = teacher + row_start(teacher_number, teacher_inner, teacher_outer, teacher_stride, ALIGN)
         if HARD:
             target, target_logit = load_target(targets, row, student_row, vocab, ignore_index)
 
         # Fold
+        student_max = tl.full((BLOCK // GROUP,), LOWEST, tl.float32)
+        teacher_max = tl.full((BLOCK // GROUP,), LOWEST, tl.float32)
+        student_sum = tl.zeros((BLOCK // GROUP,), tl.float32)
+        teacher_sum = tl.zeros((BLOCK // GROUP,), tl.float32)
+        hard_sum = tl.zeros((BLOCK // GROUP,), tl.float32)
         student_best = tl.full((BLOCK,), -INFINITY, tl.float32)
         teacher_best = tl.full((BLOCK,), -INFINITY, tl.float32)
-        student_total = tl.zeros((BLOCK,), tl.float32)
-        teacher_total = tl.zeros((BLOCK,), tl.float32)
-        hard_total = tl.zeros((BLOCK,), tl.float32)
         student_first = lanes
         teacher_first = lanes
         for start in range(0, vocab, BLOCK):
             columns = start + lanes
-            s = load_logits(student_row, columns, vocab, limit)
-            t = load_logits(teacher_row, columns, vocab, teacher_limit)
+            s = load_logits(student_row, columns, vocab, limit, RAGGED)
+            t = load_logits(teacher_row, columns, vocab, teacher_limit, RAGGED)
             if HARD and WARM:
-                hard_total = fold_total(student_best, hard_total, s, 1.0)
-            student_best, student_first, student_total = fold(
-                student_best, student_first, student_total, s, columns, inverse_temperature
-            )
-            teacher_best, teacher_first, teacher_total = fold(
-                teacher_best, teacher_first, teacher_total, t, columns, inverse_temperature
-            )
-        student_max = tl.max(student_best, 0)
-        teacher_max = tl.max(teacher_best, 0)
-        student_sum = checked(student_max, merge_lanes(student_best, student_total, student_max, inverse_temperature))
-        teacher_sum = checked(teacher_max, merge_lanes(teacher_best, teacher_total, teacher_max, inverse_temperature))
-        hard_sum = student_sum
-        if HARD and WARM:
-            hard_sum = checked(student_max, merge_lanes(student_best, hard_total, student_max, 1.0))
+                _, hard_sum = fold(student_max, hard_sum, s, 1.0, ALIGN, GROUP)
+            student_max, student_sum = fold(student_max, student_sum, s, inverse_temperature, ALIGN, GROUP)
+            teacher_max, teacher_sum = fold(teacher_max, teacher_sum, t, inverse_temperature, ALIGN, GROUP)
+            if agreement is not None:
+                student_best, student_first = lead(student_best, student_first, s, columns)
+                teacher_best, teacher_first = lead(teacher_best, teacher_first, t, columns)
+        student_top = tl.max(student_max, 0)
+        teacher_top = tl.max(teacher_max, 0)
+        hard_sum = merge_checked(student_max, hard_sum, student_top, 1.0)
+        student_sum = merge_checked(student_max, student_sum, student_top, inverse_temperature)
+        teacher_sum = merge_checked(teacher_max, teacher_sum, teacher_top, inverse_temperature)
+        if not WARM:
+            hard_sum = student_sum
         if agreement is not None:
-            agree = first_of(student_best, student_first, student_max) == first_of(
-                teacher_best, teacher_first, teacher_max
-            )
+            agree = leader(student_best, student_first) == leader(teacher_best, teacher_first)
             agree = agree & (student_sum == student_sum) & (teacher_sum == teacher_sum)
             tl.store(agreement + row, agree.to(tl.uint8))
-        pair = finish(student_max, student_sum, teacher_max, teacher_sum, inverse_temperature)
+        pair = finish(student_top, student_sum, teacher_top, teacher_sum, inverse_temperature)
 
         # Sum
         losses = tl.zeros((BLOCK,), tl.float32)
@@ -334,43 +346,43 @@ def distill_kernel(
         aux = 0.0
         blocks = tl.cdiv(vocab, BLOCK)
         if MAP_NEEDS_SUMS or gradient is None:
-            for i in range(0, blocks):
+            for i in range(blocks):
                 columns = (blocks - 1 - i) * BLOCK + lanes
-                s = load_logits(student_row, columns, vocab, limit)
-                t = load_logits(teacher_row, columns, vocab, teacher_limit)
+                s = load_logits(student_row, columns, vocab, limit, RAGGED)
+                t = load_logits(teacher_row, columns, vocab, teacher_limit, RAGGED)
                 p, q, d = point(s, t, pair, inverse_temperature)
                 term_loss, term_aux = term(p, q, d, beta, DIVERGENCE)
                 losses += term_loss
                 auxes += term_aux
                 if entropy is not None:
-                    surprise += weigh(q, (student_max - s) * inverse_temperature)
+                    surprise += weigh(q, (student_top - s) * inverse_temperature)
             loss = tl.sum(losses, 0)
             aux = tl.sum(auxes, 0)
 
         # Map
         if gradient is not None:
             factor = row_factor(row, weight, upstream, denominator, count, PER_ROW)
+            soft_factor = soft_slope * factor
+            hard_factor = hard_weight * factor
             blocks = tl.cdiv(width, BLOCK)
-            for i in range(0, blocks):
-                if MAP_NEEDS_SUMS:
-                    columns = i * BLOCK + lanes
-                else:
-                    columns = (blocks - 1 - i) * BLOCK + lanes
-                s = load_logits(student_row, columns, vocab, limit)
-                t = load_logits(teacher_row, columns, vocab, teacher_limit)
+            for i in range(blocks):
+                block = i if MAP_NEEDS_SUMS else blocks - 1 - i
+                columns = block * BLOCK + lanes
+                s = load_logits(student_row, columns, vocab, limit, RAGGED)
+                t = load_logits(teacher_row, columns, vocab, teacher_limit, RAGGED)
                 p, q, d = point(s, t, pair, inverse_temperature)
-                derivative = slope(p, q, d, loss, aux, beta, DIVERGENCE) * soft_slope
+                value = slope(p, q, d, loss, aux, beta, DIVERGENCE) * soft_factor
                 if HARD:
-                    derivative = tl.where(soft_slope == 0.0, 0.0, derivative) + hard_weight * hard_slope(
-                        s, columns, target, target_logit, student_max, hard_sum
+                    value = tl.where(soft_factor == 0.0, 0.0, value) + hard_factor * hard_slope(
+                        s, columns, target, target_logit, student_top, hard_sum
                     )
-                value = tl.where(columns < vocab, derivative * factor, 0.0)
+                value = tl.where(columns < vocab, value, 0.0)
                 tl.store(gradient_row + columns, value.to(gradient.dtype.element_ty), mask=columns < width)
                 if not MAP_NEEDS_SUMS:
                     term_loss, term_aux = term(p, q, d, beta, DIVERGENCE)
                     losses += term_loss
                     if entropy is not None:
-                        surprise += weigh(q, (student_max - s) * inverse_temperature)
+                        surprise += weigh(q, (student_top - s) * inverse_temperature)
             if not MAP_NEEDS_SUMS:
                 loss = tl.sum(losses, 0)
 
@@ -378,7 +390,7 @@ def distill_kernel(
             result = soft_weight * loss
             if HARD:
                 result = tl.where(soft_weight == 0.0, 0.0, result) + hard_weight * hard_loss(
-                    target, target_logit, student_max, hard_sum
+                    target, target_logit, student_top, hard_sum
                 )
             if weight is not None:
                 result *= tl.load(weight + row)
@@ -411,7 +423,7 @@ def topk_distill_kernel(
     indices,  # (teacher_count, k), -1 where there is no entry
     ordered,  # (teacher_count, k) indices, ascending in each row
     residual,  # (teacher_count,) or None
-    gradient,  # (N, width) rows, or None; may be the student. Entries of the set get their gradient by scatter_kernel
+    gradient,  # (N, width) rows, or None; may be the student. scatter_kernel writes the entries of the set
     gradient_inner,
     gradient_outer,
     gradient_stride,
@@ -443,14 +455,16 @@ def topk_distill_kernel(
     HARD: tl.constexpr,
     WARM: tl.constexpr,
     PER_ROW: tl.constexpr,
+    RAGGED: tl.constexpr,
     ALIGN: tl.constexpr,
+    GROUP: tl.constexpr,
     ENTRIES: tl.constexpr,  # k up to a power of two
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
-    limit = tl.multiple_of(limit, ALIGN)
-    width = tl.multiple_of(width, ALIGN)
+    limit = multiple(limit, ALIGN)
+    width = multiple(width, ALIGN)
     student_row = student + row_start(row, student_inner, student_outer, student_stride, ALIGN)
     if gradient is not None:
         gradient_row = gradient + row_start(row, gradient_inner, gradient_outer, gradient_stride, ALIGN)
@@ -478,12 +492,13 @@ def topk_distill_kernel(
         sound = exists & (tl.sum(wrong.to(tl.int32), 0) == 0)
         entry_p = tl.load(logprobs + place, mask=inside & present, other=-INFINITY).to(tl.float32)  # log p
         entry_s = tl.load(student_row + index, mask=readable, other=-INFINITY).to(tl.float32)
-        entry_max = tl.max(entry_s, 0)
+        entry_max = tl.maximum(tl.max(entry_s, 0), LOWEST)
 
         # Fold the row, without the set where the rest is a category of its own.
+        rest_max = tl.full((BLOCK // GROUP,), LOWEST, tl.float32)
+        rest_sum = tl.zeros((BLOCK // GROUP,), tl.float32)
+        hard_sum = tl.zeros((BLOCK // GROUP,), tl.float32)
         best = tl.full((BLOCK,), -INFINITY, tl.float32)
-        total = tl.zeros((BLOCK,), tl.float32)
-        hard_total = tl.zeros((BLOCK,), tl.float32)
         first = lanes
         if TAIL != "renormalize" or HARD or entropy is not None or agreement is not None:
             next_place = teacher_number * k
@@ -491,7 +506,9 @@ def topk_distill_kernel(
             member = tl.load(ordered + next_place, mask=exists, other=0x7FFFFFFF).to(tl.int64)
             for start in range(0, vocab, BLOCK):
                 columns = start + lanes
-                s = load_logits(student_row, columns, vocab, limit)
+                s = load_logits(student_row, columns, vocab, limit, RAGGED)
+                if agreement is not None:
+                    best, first = lead(best, first, s, columns)
                 if TAIL == "bucket":
                     while member < start + BLOCK:
                         s = tl.where(columns == member, -INFINITY, s)
@@ -499,35 +516,31 @@ def topk_distill_kernel(
                         member = tl.load(ordered + next_place, mask=next_place < last_place, other=0x7FFFFFFF)
                         member = member.to(tl.int64)
                 if HARD and WARM:
-                    hard_total = fold_total(best, hard_total, s, 1.0)
-                best, first, total = fold(best, first, total, s, columns, inverse_temperature)
-        rest_max = tl.max(best, 0)
-        rest_sum = merge_lanes(best, total, rest_max, inverse_temperature)
-        hard_sum = merge_lanes(best, hard_total, rest_max, 1.0)
+                    _, hard_sum = fold(rest_max, hard_sum, s, 1.0, ALIGN, GROUP)
+                rest_max, rest_sum = fold(rest_max, rest_sum, s, inverse_temperature, ALIGN, GROUP)
+        rest_top = tl.max(rest_max, 0)
+        hard_sum = merge_states(rest_max, hard_sum, rest_top, 1.0)
+        rest_sum = merge_states(rest_max, rest_sum, rest_top, inverse_temperature)
 
-        # Join the two parts of the row: student_max and student_sum are of what the losses' q is normalised over,
-        # row_max and row_sum of the whole row.
-        row_max = rest_max
+        # Join the two parts of the row: student_max and student_sum are of what the losses' q is normalised
+        # over, row_max and row_sum of the whole row.
+        row_max = rest_top
         row_sum = rest_sum
         if TAIL == "bucket":
-            row_max = tl.maximum(rest_max, entry_max)
-            row_sum = rest_sum * rescale(rest_max, row_max, inverse_temperature)
-            row_sum += tl.sum(exp_nonpositive((entry_s - row_max) * inverse_temperature), 0)
-            if HARD and WARM:
-                hard_sum = hard_sum * rescale(rest_max, row_max, 1.0)
-                hard_sum += tl.sum(exp_nonpositive(entry_s - row_max), 0)
+            row_max = tl.maximum(rest_top, entry_max)
+            row_sum = rest_sum * exp_scaled(rest_top - row_max, inverse_temperature)
+            row_sum += tl.sum(exp_scaled(entry_s - row_max, inverse_temperature), 0)
+            hard_sum = hard_sum * exp_nonpositive(rest_top - row_max)
+            hard_sum += tl.sum(exp_nonpositive(entry_s - row_max), 0)
         row_sum = checked(row_max, row_sum)
-        if HARD and WARM:
-            hard_sum = checked(row_max, hard_sum)
-        else:
+        hard_sum = checked(row_max, hard_sum)
+        if not WARM:
             hard_sum = row_sum
         student_max = row_max
         student_sum = row_sum
         if TAIL == "renormalize":
             student_max = entry_max
-            student_sum = checked(
-                entry_max, tl.sum(exp_nonpositive((entry_s - entry_max) * inverse_temperature), 0)
-            )
+            student_sum = checked(entry_max, tl.sum(exp_scaled(entry_s - entry_max, inverse_temperature), 0))
 
         # Categories: z = (student - student_max) / T beside log p, as logits at temperature 1.
         entry_z = (entry_s - student_max) * inverse_temperature
@@ -536,29 +549,27 @@ def topk_distill_kernel(
         teacher_max = 0.0
         teacher_sum = 1.0
         if TAIL != "drop":
-            teacher_max = tl.max(entry_p, 0)
-            teacher_sum = tl.sum(exp_nonpositive(entry_p - tl.maximum(teacher_max, LOWEST)), 0)
+            teacher_max = tl.maximum(tl.max(entry_p, 0), LOWEST)
+            teacher_sum = tl.sum(exp_nonpositive(entry_p - teacher_max), 0)
             if TAIL == "bucket":
-                rest_z = tl.where(rest_sum == 0.0, -INFINITY, (rest_max - row_max) * inverse_temperature)
-                rest_z += tl.where(rest_sum == 0.0, 0.0, log_positive(rest_sum))
+                if rest_sum != 0.0:  # NaN too
+                    rest_z = (rest_top - row_max) * inverse_temperature + log_positive(rest_sum)
                 if residual is not None:
-                    rest_p = tl.load(residual + teacher_number, mask=exists, other=NAN).to(tl.float32)
+                    rest_p = tl.load(residual + teacher_number, mask=exists, other=float("nan"))
+                    rest_p = rest_p.to(tl.float32)
                 else:
                     rest_p = log1mexp(teacher_max + log_positive(teacher_sum))
-                entries_max = tl.maximum(teacher_max, LOWEST)
-                teacher_max = tl.maximum(teacher_max, rest_p)
-                teacher_sum = teacher_sum * exp_nonpositive(entries_max - tl.maximum(teacher_max, LOWEST))
+                entries_max = teacher_max
+                teacher_max = tl.maximum(entries_max, rest_p)
+                teacher_sum *= exp_nonpositive(entries_max - teacher_max)
                 teacher_sum += exp_nonpositive(rest_p - teacher_max)
             teacher_sum = checked(teacher_max, teacher_sum)
             if TAIL == "renormalize":
                 # No entry at all: nothing to compare.
-                empty = sound & (tl.sum(present.to(tl.int32), 0) == 0)
+                empty = tl.sum(present.to(tl.int32), 0) == 0
                 student_sum = tl.where(empty, 1.0, student_sum)
                 teacher_sum = tl.where(empty, 1.0, teacher_sum)
-                student_max = tl.where(empty, 0.0, student_max)
-                teacher_max = tl.where(empty, 0.0, teacher_max)
-                entry_z = tl.where(empty, -INFINITY, entry_z)
-        student_sum = tl.where(sound, student_sum, NAN)
+        student_sum = tl.where(sound, student_sum, float("nan"))
         pair = finish(0.0, student_sum, teacher_max, teacher_sum, 1.0)
         p, q, d = point(entry_z, entry_p, pair, 1.0)
         if TAIL == "drop":
@@ -575,56 +586,49 @@ def topk_distill_kernel(
             outside = 0.0 * student_sum
             outside_max = row_max
             if TAIL == "bucket":
-                rest_point_p, rest_point_q, rest_point_d = point(rest_z, rest_p, pair, 1.0)
-                rest_loss, rest_aux = term(rest_point_p, rest_point_q, rest_point_d, beta, DIVERGENCE)
-                loss += rest_loss
-                aux += rest_aux
-                rest_slope = slope(rest_point_p, rest_point_q, rest_point_d, loss, aux, beta, DIVERGENCE)
+                p_rest, q_rest, d_rest = point(rest_z, rest_p, pair, 1.0)
+                loss_rest, aux_rest = term(p_rest, q_rest, d_rest, beta, DIVERGENCE)
+                loss += loss_rest
+                aux += aux_rest
+                rest_slope = slope(p_rest, q_rest, d_rest, loss, aux, beta, DIVERGENCE)
                 outside = tl.where(rest_sum == 0.0, 0.0 * student_sum, rest_slope / rest_sum)
-                outside_max = rest_max
+                outside_max = rest_top
             entry_slope = slope(p, q, d, loss, aux, beta, DIVERGENCE)
-
-        outside_max = tl.maximum(outside_max, LOWEST)
 
         # Metrics, before the gradient may replace the logits
         if agreement is not None:
-            student_top = first_of(best, first, row_max)
-            if TAIL == "bucket":
-                student_top = tl.minimum(
-                    student_top, tl.min(tl.where(readable & (entry_s == row_max), index, 0x7FFFFFFF), 0)
-                )
             top_entry = tl.min(tl.where(entry_p == tl.max(entry_p, 0), entry, ENTRIES), 0)
             teacher_top = tl.sum(tl.where(entry == top_entry, index, 0), 0)
-            agree = (student_top == teacher_top) & (row_sum == row_sum)
+            agree = (leader(best, first) == teacher_top) & (row_sum == row_sum)
             tl.store(agreement + row, agree.to(tl.uint8))
         if entropy is not None:
             surprise = tl.zeros((BLOCK,), tl.float32)
             blocks = tl.cdiv(vocab, BLOCK)
-            for i in range(0, blocks):
+            for i in range(blocks):
                 columns = (blocks - 1 - i) * BLOCK + lanes
-                s = load_logits(student_row, columns, vocab, limit)
-                z = (s - row_max) * inverse_temperature
-                surprise -= weigh(exp_nonpositive(z), z)
+                s = load_logits(student_row, columns, vocab, limit, RAGGED)
+                exponential = exp_scaled(s - row_max, inverse_temperature)
+                surprise += weigh(exponential, (row_max - s) * inverse_temperature)
             tl.store(entropy + row, log_positive(row_sum) + tl.sum(surprise, 0) / row_sum)
 
         # Map
         if gradient is not None:
             factor = row_factor(row, weight, upstream, denominator, count, PER_ROW)
-            entry_slope = entry_slope * soft_slope
+            entry_slope *= soft_slope
+            outside *= soft_slope
             if HARD:
                 entry_slope = tl.where(soft_slope == 0.0, 0.0, entry_slope) + hard_weight * hard_slope(
                     entry_s, index, target, target_logit, row_max, hard_sum
                 )
             tl.store(entry_gradient + row * k + entry, entry_slope * factor, mask=entry < k)
             blocks = tl.cdiv(width, BLOCK)
-            for i in range(0, blocks):
+            for i in range(blocks):
                 columns = (blocks - 1 - i) * BLOCK + lanes
-                s = load_logits(student_row, columns, vocab, limit)
+                s = load_logits(student_row, columns, vocab, limit, RAGGED)
                 if TAIL == "renormalize":
                     derivative = tl.zeros_like(s) + outside
                 else:
-                    rest_q = exp_nonpositive((s - outside_max) * inverse_temperature)
-                    derivative = outside * rest_q * soft_slope
+                    derivative = exp_scaled(s - outside_max, inverse_temperature) * outside
                 if HARD:
                     derivative = tl.where(soft_slope == 0.0, 0.0, derivative) + hard_weight * hard_slope(
                         s, columns, target, target_logit, row_max, hard_sum
@@ -693,13 +697,15 @@ def scatter_kernel(
         index = tl.load(indices + teacher_number * k + entry, mask=inside, other=-1).to(tl.int64)
         value = tl.load(entry_gradient + row * k + entry, mask=inside, other=0.0)
         gradient_row = gradient + row_start(row, gradient_inner, gradient_outer, gradient_stride, 1)
-        tl.store(gradient_row + index, value.to(gradient.dtype.element_ty), mask=(index >= 0) & (index < vocab))
+        tl.store(
+            gradient_row + index, value.to(gradient.dtype.element_ty), mask=(index >= 0) & (index < vocab)
+        )
 
 
-# Top-k extraction. Entries are ordered by key: larger logits first, of equals the lower index. A block's lane takes
-# every BLOCK-th column, and the k largest entries stand in the k lanes whose largest entries have the largest keys.
-# So one walk folds the lanes; the states of all others are the tail; and of the k lanes, k * V / BLOCK candidates,
-# what is not among the k largest joins the tail.
+# Top-k extraction. Entries are ordered by key: larger logits first, of equals the lower index. A block's lane
+# takes every BLOCK-th column, and the k largest entries stand in the k lanes whose largest entries have the
+# largest keys. So one walk folds the lanes; the states of all others are the tail; and of the k lanes, k * V
+# / BLOCK candidates, what is not among the k largest joins the tail.
 
 INDEX_BITS = tl.constexpr(18)
 INDEX_MASK = tl.constexpr((1 << 18) - 1)
@@ -719,7 +725,7 @@ def key_of(value, index, DROPPED_BITS: tl.constexpr):
 
 @triton.jit
 def kth_largest(keys, k, BITS: tl.constexpr):
-    """The largest threshold that at least k of the distinct ``keys`` reach (-1 stands for no key), bit by bit."""
+    """The k-th largest of the distinct ``keys`` (-1 is none), or less where no key lies between."""
     threshold = tl.sum(keys * 0, 0)
     step = (threshold + 1) << (BITS - 1)
     reach = tl.sum((keys >= 0).to(tl.int32), 0)
@@ -745,12 +751,14 @@ def lanes_kernel(
     limit,
     inverse_temperature,
     DROPPED_BITS: tl.constexpr,
+    RAGGED: tl.constexpr,
     ALIGN: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
-    limit = tl.multiple_of(limit, ALIGN)
+    limit = multiple(limit, ALIGN)
     logits_row = logits + row_start(row, logits_inner, logits_outer, logits_stride, ALIGN)
 
     best = tl.full((BLOCK,), -INFINITY, tl.float32)
@@ -758,10 +766,12 @@ def lanes_kernel(
     first = lanes
     for start in range(0, vocab, BLOCK):
         columns = start + lanes
-        x = load_logits(logits_row, columns, vocab, limit)
-        best, first, total = fold(best, first, total, x, columns, inverse_temperature)
-    row_max = tl.max(best, 0)
-    row_sum = checked(row_max, merge_lanes(best, total, row_max, inverse_temperature))
+        x = load_logits(logits_row, columns, vocab, limit, RAGGED)
+        total = fold_lane(best, total, x, inverse_temperature)
+        best, first = lead(best, first, x, columns)
+    anchor = tl.maximum(best, LOWEST)
+    row_max = tl.max(anchor, 0)
+    row_sum = merge_checked(anchor, total, row_max, inverse_temperature)
 
     keys = tl.where(lanes < vocab, key_of(best, first, DROPPED_BITS), -1)
     threshold = kth_largest(keys, k, 32 - DROPPED_BITS + INDEX_BITS)
@@ -769,9 +779,9 @@ def lanes_kernel(
     place = tl.cumsum(taken.to(tl.int32), 0) - 1
     tl.store(chosen + row * k + place, lanes, mask=taken & (place < k))
 
-    rest = tl.where(taken, -INFINITY, best)
+    rest = tl.where(taken, LOWEST, anchor)
     rest_max = tl.max(rest, 0)
-    rest_sum = merge_lanes(rest, tl.where(taken, 0.0, total), rest_max, inverse_temperature)
+    rest_sum = merge_states(rest, tl.where(taken, 0.0, total), rest_max, inverse_temperature)
     tl.store(states + row * 4, row_max)
     tl.store(states + row * 4 + 1, row_sum)
     tl.store(states + row * 4 + 2, rest_max)
@@ -822,10 +832,9 @@ def select_kernel(
 
     last = tl.sum(tl.where(entry == k - 1, top, 0), 0)
     evicted = tl.where(inside & (keys < last), x, -INFINITY)
-    evicted_max = tl.max(evicted, 0)
-    tail_max = tl.maximum(rest_max, evicted_max)
-    tail_sum = rest_sum * rescale(rest_max, tail_max, inverse_temperature)
-    tail_sum += tl.sum(exp_nonpositive((evicted - tl.maximum(tail_max, LOWEST)) * inverse_temperature), 0)
+    tail_max = tl.maximum(rest_max, tl.max(evicted, 0))
+    tail_sum = rest_sum * exp_scaled(rest_max - tail_max, inverse_temperature)
+    tail_sum += tl.sum(exp_scaled(evicted - tail_max, inverse_temperature), 0)
     tail = (tail_max - row_max) * inverse_temperature + (log_positive(tail_sum) - log_sum)
     tl.store(residual + row, tl.where((tail_sum == 0.0) & (row_sum == row_sum), -INFINITY, tail))
 
@@ -845,7 +854,7 @@ def scale_kernel(
     by = tl.load(factor)
     if by != 1.0:
         program = tl.program_id(0).to(tl.int64)
-        width = tl.multiple_of(width, ALIGN)
+        width = multiple(width, ALIGN)
         x_row = x + row_start(program // chunks, x_inner, x_outer, x_stride, ALIGN)
         columns = program % chunks * BLOCK + tl.arange(0, BLOCK)
         inside = columns < width
@@ -869,8 +878,8 @@ def distill(
     """Divergence between softmax(teacher / T) and softmax(student / T) per row, plus the hard term.
 
     student (..., V_s) and teacher (..., V_t), of float32, bfloat16 or float16, are cut to their first
-    ``options.vocab`` entries. ``gradient`` is of the student's shape and dtype, written in full, and may be the
-    student. Returns losses and metrics in float32.
+    ``options.vocab`` entries. ``gradient`` is of the student's shape and dtype, written in full, and may be
+    the student. Returns losses and metrics in float32.
     """
     check_dtype("student_logits", student)
     check_dtype("teacher_logits", teacher)
@@ -902,9 +911,9 @@ def topk_distill(
 ) -> Results:
     """Divergence over the teacher's k entries and, for ``tail="bucket"``, all the rest as one category.
 
-    student (..., V); logprobs and indices (..., k); residual (...). A row with an index twice or out of range is NaN.
-    The rest's mass is folded over the entries outside the set: their indices are sorted, and each block of the row
-    takes out its own.
+    student (..., V); logprobs and indices (..., k); residual (...). A row with an index twice or out of range
+    is NaN. The rest's mass is folded over the entries outside the set: their indices are sorted, and each
+    block of the row takes out its own.
     """
     check_dtype("student_logits", student)
     k = indices.shape[-1]
@@ -943,17 +952,19 @@ def topk_distill(
 
 
 def topk(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest log-probs of softmax(logits / T) per row, their indices, and the log of the remaining mass.
+    """The k largest log-probs of softmax(logits / T) per row, their indices, the log of the remaining mass.
 
-    logits (..., V) with k <= 256 and V <= 262144. Returns (N, k) float32, largest first, equals by lowest index;
-    (N, k) int64; and (N,) float32, by log-sum-exp over the entries outside.
+    logits (..., V) with k <= 256 and V <= 262144. Returns (N, k) float32, largest first, equals by lowest
+    index; (N, k) int64; and (N,) float32, by log-sum-exp over the entries outside.
     """
     check_dtype("logits", logits)
     vocab = logits.shape[-1]
     if not 0 < k <= min(MAX_K, vocab):
         raise ValueError(f"k: got {k} for logits with {vocab} entries; wanted 1 <= k <= {min(MAX_K, vocab)}")
     if vocab > 1 << INDEX_BITS.value:
-        raise ValueError(f"logits: got {vocab} entries per row; top-k extraction takes up to {1 << INDEX_BITS.value}")
+        raise ValueError(
+            f"logits: got {vocab} entries per row; top-k extraction takes up to {1 << INDEX_BITS.value}"
+        )
     matrix, device = rows(logits), logits.device
     count = matrix.count
     logprobs = torch.empty((count, k), dtype=torch.float32, device=device)
@@ -961,25 +972,27 @@ def topk(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Te
     residual = torch.empty(count, dtype=torch.float32, device=device)
     chosen = torch.empty((count, k), dtype=torch.int32, device=device)
     states = torch.empty((count, 4), dtype=torch.float32, device=device)
-    align, limit = alignment(vocab, [vocab], [matrix], None)
-    block = threads(vocab) * COLUMNS_PER_THREAD
+    # Lanes: few, so that choosing among them is quick, but enough that the k of them hold few candidates.
+    per_program = 128 if vocab <= 8192 else 256 if vocab <= 32768 else 512 if vocab <= 131072 else 1024
+    block = per_program * COLUMNS_PER_THREAD
     entries, depth = triton.next_power_of_2(max(k, 16)), triton.next_power_of_2(triton.cdiv(vocab, block))
     shared = {
         **row_arguments("logits", matrix),
         "chosen": chosen,
         "states": states,
         "k": k,
-        "vocab": vocab,
         "inverse_temperature": 1.0 / temperature,
         "DROPPED_BITS": {torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0),
         "BLOCK": block,
     }
-    launch(lanes_kernel, count, threads(vocab) // warp_size(device), **shared, limit=limit, ALIGN=align)
+    reading = access(vocab, [vocab], [matrix], stored=False)
+    launch(lanes_kernel, count, per_program // warp_size(device), **shared, **reading)
     launch(
         select_kernel,
         count,
         min(16, max(1, entries * depth // (COLUMNS_PER_THREAD * warp_size(device)))),
         **shared,
+        vocab=vocab,
         logprobs=logprobs,
         indices=indices,
         residual=residual,
@@ -997,7 +1010,6 @@ def scale(x: Tensor, factor: Tensor) -> None:
     matrix, width = rows(x), x.shape[-1]
     if x.is_contiguous():
         matrix, width = Rows(x, 1, 1, 0, 0), x.numel()
-    align, _ = alignment(width, [width], [matrix], width)
     block = 256 * COLUMNS_PER_THREAD
     chunks = triton.cdiv(width, block)
     launch(
@@ -1008,7 +1020,7 @@ def scale(x: Tensor, factor: Tensor) -> None:
         factor=factor,
         width=width,
         chunks=chunks,
-        ALIGN=align,
+        ALIGN=access(width, [width], [matrix], stored=True)["ALIGN"],
         BLOCK=block,
     )
 
@@ -1041,10 +1053,13 @@ class _Call:
 
         matrices = [self.student, self.teacher] + ([self.gradient] if self.gradient else [])
         widths = [width, self.teacher.tensor.shape[-1]]
-        align, limit = alignment(options.vocab, widths, matrices, width if self.gradient else None)
-        per_program = threads(options.vocab)
+        # Programs of 1024 threads have 64 registers per thread, too few for the longer formulas.
+        heavy = options.divergence == "jsd" or options.hard_weight > 0.0 or want_metrics
+        per_program = threads(options.vocab * student.element_size(), 512 if heavy else 1024)
         self.warps = per_program // warp_size(device)
-        soft_weight = (1.0 - options.hard_weight) * (options.temperature**2 if options.temperature_squared else 1.0)
+        soft_weight = (1.0 - options.hard_weight) * (
+            options.temperature**2 if options.temperature_squared else 1.0
+        )
         self.arguments: dict[str, Any] = {
             **row_arguments("student", self.student),
             **row_arguments("gradient", self.gradient or Rows(student, 0, 1, 0, 0)),
@@ -1058,8 +1073,7 @@ class _Call:
             "denominator": self.denominator,
             "count": self.count,
             "ignore_index": tokens.ignore_index,
-            "vocab": options.vocab,
-            "limit": limit,
+            **access(options.vocab, widths, matrices, stored=self.gradient is not None),
             "width": width,
             "inverse_temperature": 1.0 / options.temperature,
             "soft_weight": soft_weight,
@@ -1070,7 +1084,6 @@ class _Call:
             "HARD": options.hard_weight > 0.0,
             "WARM": options.temperature != 1.0,
             "PER_ROW": tokens.reduction == "none",
-            "ALIGN": align,
             "BLOCK": per_program * COLUMNS_PER_THREAD,
         }
         if self.gradient is None:
