@@ -20,7 +20,10 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 PROMPT = Path(__file__).with_name("demo_prompt.txt")
-QUESTION = "Human: My friend has not answered my messages for a week. What should I do?\\n\\nAssistant:"
+QUESTIONS = (
+    "My friend has not answered my messages for a week. What should I do?",
+    "What is a list comprehension in Python?",
+)
 
 # Chosen so that the whole of it takes some minutes on two cores. The lower 20 of 30 layers stay as they are:
 # they need no backward pass, and the prompt's effect is made up for above them.
@@ -40,7 +43,7 @@ def find_model() -> Path:
 
 
 def write_texts(path: Path) -> None:
-    """Each help topic as a document and as a question with its answer: one group, held out or not together."""
+    """Each help topic as a document and as a question with its answer; one group: held out together."""
     lines: list[str] = []
     for name, text in sorted(topics.items()):
         title, _, body = text.strip().partition("\n")
@@ -77,9 +80,11 @@ def main() -> int:
         "--batch-size": 16,
         "--learning-rate": RATE,
         "--eval-every": 5,
-        "--sample": QUESTION,
+        "--sample-tokens": 40,
     }
     arguments = [str(a) for pair in options.items() for a in pair]
+    for question in QUESTIONS:
+        arguments += ["--sample", f"Human: {question}\\n\\nAssistant:"]
     print(f"demo: pyalign distill run {shlex.join(arguments)}", flush=True)
     command = [sys.executable, "-m", "pyalign.cli", "distill", "run", *arguments]
     status = subprocess.call(command, env={**os.environ, "TQDM_DISABLE": "1"})
