@@ -58,14 +58,14 @@ struct Pair {
     F inverse_temperature;
 
     PYALIGN_HD Point<F> at(F student, F teacher) const {
-        const F q = exp_nonpositive((student - student_max) * inverse_temperature) * student_scale;
-        const F p = exp_nonpositive((teacher - teacher_max) * inverse_temperature) * teacher_scale;
-        return with(p, q, student, teacher);
+        return with(exp_nonpositive((student - student_max) * inverse_temperature),
+                    exp_nonpositive((teacher - teacher_max) * inverse_temperature), student, teacher);
     }
 
-    // The same for an engine that has kept the exponentials.
-    PYALIGN_HD Point<F> with(F p, F q, F student, F teacher) const {
-        return {p, q, ((student - student_origin) - (teacher - teacher_origin)) * inverse_temperature - log_ratio};
+    // The same from e^((s - student_max) / T) and e^((t - teacher_max) / T), for engines with an exponential of their own.
+    PYALIGN_HD Point<F> with(F student_exp, F teacher_exp, F student, F teacher) const {
+        return {teacher_exp * teacher_scale, student_exp * student_scale,
+                ((student - student_origin) - (teacher - teacher_origin)) * inverse_temperature - log_ratio};
     }
 };
 
@@ -106,7 +106,7 @@ PYALIGN_HD F weigh(F probability, F value) {
 // q - p = p (e^d - 1), without cancellation where they are close.
 template <class F>
 PYALIGN_HD F probability_gap(Point<F> x) {
-    const F near = x.p * (x.d + phi_series(x.d)), far = x.q - x.p;
+    const F near = x.p * x.d + x.p * phi_series(x.d), far = x.q - x.p;
     return in_series(x.d) ? near : far;
 }
 

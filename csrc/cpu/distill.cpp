@@ -13,6 +13,10 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 #include "cpu/cpu.h"
 #include "cpu/kernels.h"
@@ -175,9 +179,9 @@ void check_entries(const TopKDistillArgs& args) {
     }
 }
 
-// ---- Losses ----
+size_t entries_scratch(int64_t k) { return (sizeof(Entry) + sizeof(double)) * static_cast<size_t>(k); }
 
-size_t accumulator(Dtype dtype) { return dtype == Dtype::kFloat64 ? sizeof(double) : sizeof(float); }
+// ---- Losses ----
 
 double read(const void* data, Dtype dtype) {
     return dtype == Dtype::kFloat64 ? *static_cast<const double*>(data)
@@ -200,6 +204,15 @@ void reduce(const Outputs& out, int64_t count, double denominator) {
     *static_cast<F*>(out.loss) = static_cast<F>(denominator == 0 ? 0 : sum / denominator);
 }
 
+// Large pages for a gradient that was allocated just now: the kernel clears it several times as fast.
+void use_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+    const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), begin = reinterpret_cast<uintptr_t>(data);
+    const uintptr_t first = (begin + page - 1) / page * page, end = (begin + static_cast<uintptr_t>(bytes)) / page * page;
+    madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // a refusal costs speed alone
+#endif
+}
+
 // Runs one of the loss kernels over all rows. `Args` is DistillArgs or TopKDistillArgs.
 template <class Args>
 void run_loss(const Args& args, void (*kernel)(const Args&, double, void*, Span), size_t scratch_bytes, int threads) {
@@ -210,6 +223,7 @@ void run_loss(const Args& args, void (*kernel)(const Args&, double, void*, Span)
     const int64_t element = dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
     const bool in_place = args.out.gradient.data == args.student.data;
     const bool stream = args.out.gradient.data && !in_place && count * width * element > kStreamBytes;
+    if (stream) use_large_pages(args.out.gradient.data, count * width * element);
     const double denominator = denominator_of(args.tokens, dtype);
     void* const row_loss = args.out.row_loss ? args.out.row_loss : args.out.loss;
     const int64_t grain = grain_of(count, args.options.vocab, threads);
@@ -252,18 +266,19 @@ std::vector<std::string> isas() {
 
 void distill(const DistillArgs& args, int threads) {
     check_tokens(args.tokens, args.options);
-    run_loss(args, kernels().distill, distill_scratch(args.options.vocab, accumulator(args.student.dtype)), threads);
+    const bool mixed = args.student.dtype != args.teacher.dtype;  // both rows are converted to float
+    run_loss(args, kernels().distill, mixed ? 2 * sizeof(float) * args.options.vocab : 0, threads);
 }
 
 void topk_distill(const TopKDistillArgs& args, int threads) {
     check_tokens(args.tokens, args.options);
     check_entries(args);
-    run_loss(args, kernels().topk_distill, topk_scratch(args.options.vocab, args.teacher.k, accumulator(args.student.dtype)), threads);
+    run_loss(args, kernels().topk_distill, entries_scratch(args.teacher.k), threads);
 }
 
 void topk(const TopKArgs& args, int threads) {
     const int64_t grain = grain_of(args.count, args.vocab, threads);
-    parallel(args.count, grain, args.vocab, topk_scratch(args.vocab, args.k, accumulator(args.logits.dtype)), threads,
+    parallel(args.count, grain, args.vocab, entries_scratch(args.k), threads,
              [&](int64_t begin, int64_t end, std::byte* memory) {
                  kernels().topk(args, Span{begin, end, memory, false});
              });

@@ -1,5 +1,5 @@
 // Distillation losses on the CPU, one row of logits at a time. A row is read from memory once, by the fold; the sums and
-// the map find it in the cache.
+// the map find it in the cache and take its exponentials again, which is cheaper than the room to keep them.
 #include "cpu/simd.h"
 
 PYALIGN_BEGIN
@@ -42,205 +42,164 @@ void write_uncounted(const Outputs& out, void* row_loss, int64_t row) {
 }
 
 // h * cross-entropy(student at temperature 1, target) and its gradient h * (softmax - 1[target]).
-template <class F>
+template <class T>
 struct HardTerm {
+    using F = ValueOf<T>;
     double loss = 0, weight = 0;
     int64_t target = -1;
     F max = 0, scale = 0;
     ScaledExp<F> exp{1.0};
 
-    HardTerm(const Tokens& tokens, const DistillOptions& options, int64_t row, const F* student, Softmax<double> folded) {
+    HardTerm(const Tokens& tokens, const DistillOptions& options, int64_t row, const T* student, Softmax<double> state) {
         if (options.hard_weight == 0 || tokens.targets[row] == tokens.ignore_index) return;
         weight = options.hard_weight;
         target = tokens.targets[row];
-        Softmax<double> state = folded;
-        if (options.temperature != 1) {
-            state.sum = 0;
-            for (int64_t i = 0; i < options.vocab; i += kBlock)
-                state.sum += sum_exp<F>(student + i, minimum(kBlock, options.vocab - i), F(state.max), exp);
-        }
+        if (options.temperature != 1) state = fold_row(student, options.vocab, 1.0);
         max = F(state.max);
         scale = F(1 / state.sum);
-        loss = weight * ((state.max - double(student[target])) + log_positive(state.sum));
+        loss = weight * ((state.max - double(value(student[target]))) + log_positive(state.sum));
     }
 
     // Adds factor * (softmax - 1[target]) to the gradients of the entries [first, first + count).
-    void add(F* gradient, const F* student, int64_t first, int64_t count, double factor) const {
+    void add(F* gradient, const T* student, int64_t first, int64_t count, double factor) const {
         if (target < 0) return;
-        const F f = F(factor * weight), m = max, f_scaled = F(factor * weight) * scale;
+        const F f = F(factor * weight) * scale, m = max;
         const ScaledExp<F> e = exp;
 #pragma omp simd
-        for (int64_t i = 0; i < count; ++i) gradient[i] += f_scaled * e(student[first + i] - m);
-        if (target >= first && target < first + count) gradient[target - first] -= f;
+        for (int64_t i = 0; i < count; ++i) gradient[i] += f * e(value(student[first + i]) - m);
+        if (target >= first && target < first + count) gradient[target - first] -= F(factor * weight);
     }
 };
 
 // Entropy of softmax(x / T) in nats: -sum q log q.
-template <class F>
-double entropy(const F* x, int64_t vocab, Softmax<double> state, double inverse) {
+template <class T>
+double entropy(const T* x, int64_t vocab, Softmax<double> state, double inverse_temperature) {
+    using F = ValueOf<T>;
     const F max = F(state.max), scale = F(1 / state.sum), log_sum = F(log_positive(state.sum));
-    const F inverse_temperature = F(inverse);
-    const ScaledExp<F> exp(inverse);
+    const F inverse = F(inverse_temperature);
+    const ScaledExp<F> exp(inverse_temperature);
     double total = 0;
     for (int64_t first = 0; first < vocab; first += kBlock) {
+        const T* const block = x + first;
         const int64_t count = minimum(kBlock, vocab - first);
         F sum = 0;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < count; ++i) {
-            const F log_q = (x[first + i] - max) * inverse_temperature - log_sum;
-            sum += weigh(exp(x[first + i] - max) * scale, -log_q);
-        }
-        total += sum;
+        for (int64_t i = 0; i < count; ++i)
+            sum += weigh(exp(value(block[i]) - max) * scale, log_sum - (value(block[i]) - max) * inverse);
+        total += double(sum);
     }
     return total;
 }
 
-template <class F>
-int64_t first_equal(const F* x, int64_t vocab, F value) {
+template <class T>
+int64_t first_equal(const T* x, int64_t vocab, double wanted) {
+    using F = ValueOf<T>;
     for (int64_t first = 0; first < vocab; first += kBlock) {
+        const T* const block = x + first;
         const int64_t count = minimum(kBlock, vocab - first);
         int found = 0;
 #pragma omp simd reduction(| : found)
-        for (int64_t i = 0; i < count; ++i) found |= x[first + i] == value;
+        for (int64_t i = 0; i < count; ++i) found |= value(block[i]) == F(wanted);
         if (!found) continue;
         for (int64_t i = 0; i < count; ++i)
-            if (x[first + i] == value) return first + i;
+            if (value(block[i]) == F(wanted)) return first + i;
     }
     return -1;
 }
 
 // ---- Dense: a divergence between two rows ----
 
-// A row that has been read from memory once and folded: its logits in F, its state, and the exponentials of each block
-// over that block's origin, e^((x - origin) / T).
-template <class F>
-class FoldedRow {
-public:
-    Softmax<double> state;
-
-    FoldedRow(F* scratch, int64_t vocab, ScaledExp<F> exp, double inverse_temperature)
-        : buffer_(scratch), kept_(scratch + vocab), origins_(scratch + 2 * vocab), vocab_(vocab), exp_(exp),
-          inverse_temperature_(inverse_temperature) {}
-
-    void fold(const std::byte* row, Dtype dtype) {
-        logits_ = load(row, dtype, 0, 0, buffer_);
-        Softmax<double> sums;  // at a logit near the max: a larger one moves it only where e^x might overflow
-        F max = std::numeric_limits<F>::lowest();
-        const double reach = 40 / inverse_temperature_;
-        for (int64_t first = 0, block = 0; first < vocab_; first += kBlock, ++block) {
-            const int64_t count = minimum(kBlock, vocab_ - first);
-            prefetch(row, dtype, first + kBlock, vocab_);
-            const F* x = load(row, dtype, first, count, buffer_ + first);
-            if (block == 0) sums.max = max_of(x, count);
-            BlockSum<F> folded = sum_exp(x, count, F(sums.max), exp_, kept_ + first);
-            if (double(folded.max) > sums.max + reach) {
-                sums = raise_max(sums, folded.max, inverse_temperature_);
-                folded = sum_exp(x, count, F(sums.max), exp_, kept_ + first);
-            }
-            max = folded.max > max ? folded.max : max;
-            origins_[block] = F(sums.max);
-            sums.sum += folded.sum;
-        }
-        state = raise_max(sums, max, inverse_temperature_);
-    }
-
-    const F* logits() const { return logits_; }
-    const F* exponentials() const { return kept_; }
-
-    // The probabilities of a block are its exponentials times this.
-    F scale(int64_t block) const {
-        const double scale = 1 / state.sum;
-        const double origin = origins_[block];
-        return F(origin == state.max ? scale : scale * rescale(origin, state.max, inverse_temperature_));
-    }
-
-    static size_t scratch(int64_t vocab) { return static_cast<size_t>(2 * vocab + vocab / kBlock + 1); }
-
-private:
-    F *buffer_, *kept_, *origins_;
-    const F* logits_ = nullptr;
-    int64_t vocab_;
-    ScaledExp<F> exp_;
-    double inverse_temperature_;
-};
-
-// One block of both rows, and what maps it to Points.
-template <class F>
-struct PairBlock {
-    Pair<F> pair;
-    const F *student, *teacher, *student_exp, *teacher_exp;
-    F student_scale, teacher_scale;
-    int64_t count;
-
-    PairBlock(const Pair<F>& pair, const FoldedRow<F>& s, const FoldedRow<F>& t, int64_t block, int64_t vocab)
-        : pair(pair), student(s.logits() + block * kBlock), teacher(t.logits() + block * kBlock),
-          student_exp(s.exponentials() + block * kBlock), teacher_exp(t.exponentials() + block * kBlock),
-          student_scale(s.scale(block)), teacher_scale(t.scale(block)), count(minimum(kBlock, vocab - block * kBlock)) {}
-};
-
 // The bodies of the loops below. They stand outside: a struct that lives inside a simd loop goes to memory, lane by lane.
 template <class F, class D>
-PYALIGN_HD F term_at(D divergence, Pair<F> pair, F p, F q, F s, F t, F* aux) {
-    const Sums<F> term = divergence.term(pair.with(p, q, s, t));
+PYALIGN_HD F term_at(D divergence, Pair<F> pair, ScaledExp<F> exp, F s, F t, F* aux) {
+    const Sums<F> term =
+        divergence.term(pair.with(exp(s - pair.student_max), exp(t - pair.teacher_max), s, t));
     *aux = term.aux;
     return term.loss;
 }
 
 template <class F, class D>
-PYALIGN_HD F slope_at(D divergence, Pair<F> pair, Sums<F> row, F p, F q, F s, F t) {
-    return divergence.slope(pair.with(p, q, s, t), row);
+PYALIGN_HD F slope_at(D divergence, Pair<F> pair, ScaledExp<F> exp, Sums<F> row, F s, F t) {
+    return divergence.slope(pair.with(exp(s - pair.student_max), exp(t - pair.teacher_max), s, t), row);
 }
 
 template <class F, class D>
-PYALIGN_HD F term_and_slope_at(D divergence, Pair<F> pair, F p, F q, F s, F t, F factor, F* gradient) {
-    const Point<F> x = pair.with(p, q, s, t);
+PYALIGN_HD F term_and_slope_at(D divergence, Pair<F> pair, ScaledExp<F> exp, F s, F t, F factor, F* gradient) {
+    const Point<F> x = pair.with(exp(s - pair.student_max), exp(t - pair.teacher_max), s, t);
     *gradient = factor * divergence.slope(x, Sums<F>{});
     return divergence.term(x).loss;
 }
 
-template <class F, class D>
-Sums<double> sum_block(D divergence, PairBlock<F> b) {
-    alignas(64) F aux[kBlock];
-    F loss = 0, aux_sum = 0;
+// Two folded rows and a divergence between them, block by block.
+template <class T, class D>
+struct RowPair {
+    using F = ValueOf<T>;
+    D divergence;
+    Pair<F> pair;
+    ScaledExp<F> exp;
+    const T *student, *teacher;
+
+    Sums<double> sum_block(int64_t first, int64_t count) const {
+        const RowPair row = *this;  // a copy, so that no store below can be taken to change it
+        const T *s = student + first, *t = teacher + first;
+        alignas(64) F aux[kBlock];
+        F loss = 0, aux_sum = 0;
 #pragma omp simd reduction(+ : loss)
-    for (int64_t i = 0; i < b.count; ++i)
-        loss += term_at(divergence, b.pair, b.teacher_exp[i] * b.teacher_scale, b.student_exp[i] * b.student_scale,
-                        b.student[i], b.teacher[i], aux + i);
+        for (int64_t i = 0; i < count; ++i)
+            loss += term_at(row.divergence, row.pair, row.exp, value(s[i]), value(t[i]), aux + i);
 #pragma omp simd reduction(+ : aux_sum)
-    for (int64_t i = 0; i < b.count; ++i) aux_sum += aux[i];
-    return {double(loss), double(aux_sum)};
-}
+        for (int64_t i = 0; i < count; ++i) aux_sum += aux[i];
+        return {double(loss), double(aux_sum)};
+    }
 
-template <class F, class D>
-void map_block(D divergence, PairBlock<F> b, Sums<F> row, F factor, F* gradient) {
+    // gradient = factor * slope
+    void map_block(int64_t first, int64_t count, Sums<F> sums, F factor, F* gradient) const {
+        const RowPair row = *this;
+        const T *s = student + first, *t = teacher + first;
 #pragma omp simd
-    for (int64_t i = 0; i < b.count; ++i)
-        gradient[i] = factor * slope_at(divergence, b.pair, row, b.teacher_exp[i] * b.teacher_scale,
-                                        b.student_exp[i] * b.student_scale, b.student[i], b.teacher[i]);
-}
+        for (int64_t i = 0; i < count; ++i)
+            gradient[i] = factor * slope_at(row.divergence, row.pair, row.exp, sums, value(s[i]), value(t[i]));
+    }
 
-template <class F, class D>
-double sum_and_map_block(D divergence, PairBlock<F> b, F factor, F* gradient) {
-    F loss = 0;
+    // Both at once, for a divergence whose map needs no sums; returns the block's loss.
+    double sum_and_map_block(int64_t first, int64_t count, F factor, F* gradient) const {
+        const RowPair row = *this;
+        const T *s = student + first, *t = teacher + first;
+        F loss = 0;
 #pragma omp simd reduction(+ : loss)
-    for (int64_t i = 0; i < b.count; ++i)
-        loss += term_and_slope_at(divergence, b.pair, b.teacher_exp[i] * b.teacher_scale,
-                                  b.student_exp[i] * b.student_scale, b.student[i], b.teacher[i], factor, gradient + i);
-    return double(loss);
+        for (int64_t i = 0; i < count; ++i)
+            loss += term_and_slope_at(row.divergence, row.pair, row.exp, value(s[i]), value(t[i]), factor, gradient + i);
+        return double(loss);
+    }
+};
+
+// A row in another dtype than the loops', converted into `buffer`.
+template <class T>
+const T* row_as(const Rows& rows, int64_t row, int64_t vocab, T* buffer) {
+    const std::byte* const data = row_of(rows, row);
+    if (rows.dtype == DtypeOf<T>::value) return reinterpret_cast<const T*>(data);
+    if constexpr (sizeof(T) == sizeof(float)) {
+        if (rows.dtype == Dtype::kBFloat16) {
+            const BFloat16* x = reinterpret_cast<const BFloat16*>(data);
+            for (int64_t i = 0; i < vocab; ++i) buffer[i] = value(x[i]);
+        } else {
+            const Float16* x = reinterpret_cast<const Float16*>(data);
+            for (int64_t i = 0; i < vocab; ++i) buffer[i] = value(x[i]);
+        }
+    }
+    return buffer;
 }
 
-template <class F, class D>
+template <class T, class D>
 void distill_rows(const DistillArgs& args, D divergence, double denominator, void* row_loss, Span span) {
+    using F = ValueOf<T>;
     const DistillOptions& options = args.options;
     const Outputs& out = args.out;
-    const int64_t vocab = options.vocab, blocks = (vocab + kBlock - 1) / kBlock;
+    const int64_t vocab = options.vocab;
     const double inverse_temperature = 1 / options.temperature;
     const double soft_weight = (1 - options.hard_weight) *
                                (options.temperature_squared ? options.temperature * options.temperature : 1);
-    const ScaledExp<F> exp(inverse_temperature);
-    F* const scratch = reinterpret_cast<F*>(span.scratch);
-    FoldedRow<F> student(scratch, vocab, exp, inverse_temperature);
-    FoldedRow<F> teacher(scratch + FoldedRow<F>::scratch(vocab), vocab, exp, inverse_temperature);
+    T* const scratch = reinterpret_cast<T*>(span.scratch);
 
     for (int64_t row = span.begin; row < span.end; ++row) {
         if (!cpu::is_counted(args.tokens, row)) {
@@ -249,37 +208,40 @@ void distill_rows(const DistillArgs& args, D divergence, double denominator, voi
         }
 
         // Fold
-        student.fold(row_of(args.student, row), args.student.dtype);
-        teacher.fold(row_of(args.teacher, args.tokens.teacher_rows ? args.tokens.teacher_rows[row] : row),
-                     args.teacher.dtype);
-        const Pair<F> pair = finish<F>(student.state, teacher.state, inverse_temperature);
-        const HardTerm<F> hard(args.tokens, options, row, student.logits(), student.state);
-        if (out.entropy) put<F>(out.entropy, row, entropy(student.logits(), vocab, student.state, inverse_temperature));
+        const int64_t teacher_row = args.tokens.teacher_rows ? args.tokens.teacher_rows[row] : row;
+        const T* const student = row_as(args.student, row, vocab, scratch);
+        const T* const teacher = row_as(args.teacher, teacher_row, vocab, scratch + vocab);
+        const Softmax<double> student_state = fold_row(student, vocab, inverse_temperature);
+        const Softmax<double> teacher_state = fold_row(teacher, vocab, inverse_temperature);
+        const RowPair<T, D> pair{divergence, finish<F>(student_state, teacher_state, inverse_temperature),
+                                 ScaledExp<F>(inverse_temperature), student, teacher};
+        const HardTerm<T> hard(args.tokens, options, row, student, student_state);
+        if (out.entropy) put<F>(out.entropy, row, entropy(student, vocab, student_state, inverse_temperature));
         if (out.agreement)
-            out.agreement[row] = first_equal(student.logits(), vocab, F(student.state.max)) ==
-                                 first_equal(teacher.logits(), vocab, F(teacher.state.max));
+            out.agreement[row] =
+                first_equal(student, vocab, student_state.max) == first_equal(teacher, vocab, teacher_state.max);
 
         // Sum, unless the map does it in passing
         const bool map = out.gradient.data != nullptr;
         Sums<double> sums;
         if (D::kMapNeedsSums || !map)
-            for (int64_t block = 0; block < blocks; ++block)
-                sums = sums + sum_block(divergence, PairBlock<F>(pair, student, teacher, block, vocab));
+            for (int64_t first = 0; first < vocab; first += kBlock)
+                sums = sums + pair.sum_block(first, minimum(kBlock, vocab - first));
 
         // Map
         if (map) {
             const double factor = row_factor<F>(args.tokens, row, denominator);
             const F slope_factor = F(factor * soft_weight * inverse_temperature);
             RowWriter<F> writer(row_of(out.gradient, row), out.gradient.dtype, span.stream);
-            for (int64_t block = 0; block < blocks; ++block) {
-                const PairBlock<F> b(pair, student, teacher, block, vocab);
+            for (int64_t first = 0; first < vocab; first += kBlock) {
+                const int64_t count = minimum(kBlock, vocab - first);
                 F* const gradient = writer.block();
                 if (D::kMapNeedsSums || !row_loss)
-                    map_block(divergence, b, Sums<F>{F(sums.loss), F(sums.aux)}, slope_factor, gradient);
+                    pair.map_block(first, count, Sums<F>{F(sums.loss), F(sums.aux)}, slope_factor, gradient);
                 else
-                    sums.loss += sum_and_map_block(divergence, b, slope_factor, gradient);
-                hard.add(gradient, student.logits(), block * kBlock, b.count, factor);
-                writer.write(b.count);
+                    sums.loss += pair.sum_and_map_block(first, count, slope_factor, gradient);
+                hard.add(gradient, student, first, count, factor);
+                writer.write(count);
             }
             writer.finish(vocab, out.width);
         }
@@ -293,51 +255,56 @@ void distill_rows(const DistillArgs& args, D divergence, double denominator, voi
     if (span.stream) finish_streams();
 }
 
-template <class F>
+template <class T>
 void distill_dispatch(const DistillArgs& args, double denominator, void* row_loss, Span span) {
+    using F = ValueOf<T>;
     switch (args.options.divergence) {
-        case Divergence::kForwardKL: return distill_rows<F>(args, ForwardKL<F>{}, denominator, row_loss, span);
-        case Divergence::kReverseKL: return distill_rows<F>(args, ReverseKL<F>{}, denominator, row_loss, span);
+        case Divergence::kForwardKL: return distill_rows<T>(args, ForwardKL<F>{}, denominator, row_loss, span);
+        case Divergence::kReverseKL: return distill_rows<T>(args, ReverseKL<F>{}, denominator, row_loss, span);
         case Divergence::kJensenShannon:
-            return distill_rows<F>(args, JensenShannon<F>{F(args.options.beta)}, denominator, row_loss, span);
+            return distill_rows<T>(args, JensenShannon<F>{F(args.options.beta)}, denominator, row_loss, span);
         case Divergence::kTotalVariation:
-            return distill_rows<F>(args, TotalVariation<F>{}, denominator, row_loss, span);
+            return distill_rows<T>(args, TotalVariation<F>{}, denominator, row_loss, span);
     }
 }
 
+// Rows of two dtypes meet in float.
 void distill(const DistillArgs& args, double denominator, void* row_loss, Span span) {
-    if (args.student.dtype == Dtype::kFloat64)
-        distill_dispatch<double>(args, denominator, row_loss, span);
-    else
-        distill_dispatch<float>(args, denominator, row_loss, span);
+    const Dtype dtype = args.student.dtype == args.teacher.dtype ? args.student.dtype : Dtype::kFloat32;
+    switch (dtype) {
+        case Dtype::kFloat32: return distill_dispatch<float>(args, denominator, row_loss, span);
+        case Dtype::kBFloat16: return distill_dispatch<BFloat16>(args, denominator, row_loss, span);
+        case Dtype::kFloat16: return distill_dispatch<Float16>(args, denominator, row_loss, span);
+        case Dtype::kFloat64: return distill_dispatch<double>(args, denominator, row_loss, span);
+    }
 }
 
 // ---- Top-k: the teacher's entries are categories, and with a bucket all the rest is one more ----
 
-// The row in F, and the state of all entries that are not in the set; the set's logits go to `members`.
-template <class F>
-const F* fold_rest(const std::byte* row, Dtype dtype, int64_t vocab, double inverse_temperature, F* buffer,
-                   const Entry* entries, int64_t count, double* members, Softmax<double>& rest) {
-    const F* start = load(row, dtype, 0, 0, buffer);
-    const ScaledExp<F> exp(inverse_temperature);
+// The state of all entries of a row that are not in the set; the set's logits go to `members`.
+template <class T>
+Softmax<double> fold_rest(const T* x, int64_t vocab, double inverse_temperature, const Entry* entries, int64_t count,
+                          double* members) {
+    using F = ValueOf<T>;
+    RowFold<F> fold(inverse_temperature);
     alignas(64) F patched[kBlock];
     int64_t entry = 0;
     for (int64_t first = 0; first < vocab; first += kBlock) {
+        const T* const block = x + first;
         const int64_t length = minimum(kBlock, vocab - first);
-        prefetch(row, dtype, first + kBlock, vocab);
-        const F* block = load(row, dtype, first, length, buffer + first);
-        if (entry < count && entries[entry].index < first + length) {
-            std::memcpy(patched, block, length * sizeof(F));
-            for (; entry < count && entries[entry].index < first + length; ++entry) {
-                members[entry] = double(block[entries[entry].index - first]);
-                patched[entries[entry].index - first] = F(-kInfinity);
-            }
-            block = patched;
+        if (entry == count || entries[entry].index >= first + length) {
+            fold.add(block, length);
+            continue;
         }
-        rest = raise_max(rest, max_of(block, length), inverse_temperature);
-        rest.sum += sum_exp(block, length, F(rest.max), exp);
+#pragma omp simd
+        for (int64_t i = 0; i < length; ++i) patched[i] = value(block[i]);
+        for (; entry < count && entries[entry].index < first + length; ++entry) {
+            members[entry] = double(patched[entries[entry].index - first]);
+            patched[entries[entry].index - first] = F(-kInfinity);
+        }
+        fold.add(patched, length);
     }
-    return start;
+    return fold.finish();
 }
 
 double log_sum(Softmax<double> state, double inverse_temperature) {
@@ -428,8 +395,9 @@ int64_t most_likely(const Entry* entries, int64_t count) {
     return best < 0 ? -1 : entries[best].index;
 }
 
-template <class F>
+template <class T>
 void topk_distill_rows(const TopKDistillArgs& args, double denominator, void* row_loss, Span span) {
+    using F = ValueOf<T>;
     const DistillOptions& options = args.options;
     const Outputs& out = args.out;
     const int64_t vocab = options.vocab;
@@ -439,7 +407,6 @@ void topk_distill_rows(const TopKDistillArgs& args, double denominator, void* ro
                                (options.temperature_squared ? options.temperature * options.temperature : 1);
     Entry* const entries = reinterpret_cast<Entry*>(span.scratch);
     double* const members = reinterpret_cast<double*>(entries + args.teacher.k);
-    F* const buffer = reinterpret_cast<F*>(members + args.teacher.k);
 
     for (int64_t row = span.begin; row < span.end; ++row) {
         if (!cpu::is_counted(args.tokens, row)) {
@@ -454,15 +421,14 @@ void topk_distill_rows(const TopKDistillArgs& args, double denominator, void* ro
             if (row_loss) put<F>(row_loss, row, kNaN);
             continue;
         }
-        Softmax<double> rest;
-        const F* student = fold_rest(row_of(args.student, row), args.student.dtype, vocab, inverse_temperature, buffer,
-                                     entries, count, members, rest);
+        const T* const student = reinterpret_cast<const T*>(row_of(args.student, row));
+        const Softmax<double> rest = fold_rest(student, vocab, inverse_temperature, entries, count, members);
         Softmax<double> all = rest;
         for (int64_t i = 0; i < count; ++i) all = fold(all, members[i], inverse_temperature);
-        const HardTerm<F> hard(args.tokens, options, row, student, all);
+        const HardTerm<T> hard(args.tokens, options, row, student, all);
         if (out.entropy) put<F>(out.entropy, row, entropy(student, vocab, all, inverse_temperature));
         if (out.agreement)
-            out.agreement[row] = first_equal(student, vocab, F(all.max)) == most_likely(entries, count);
+            out.agreement[row] = first_equal(student, vocab, all.max) == most_likely(entries, count);
 
         // Sum over the categories; the entries' values become slopes
         const Categories categories = categorize(args, teacher_row, entries, count, members, rest);
@@ -481,14 +447,14 @@ void topk_distill_rows(const TopKDistillArgs& args, double denominator, void* ro
         int64_t entry = 0;
         for (int64_t first = 0; first < vocab; first += kBlock) {
             const int64_t length = minimum(kBlock, vocab - first);
-            const F* const s = student + first;
+            const T* const s = student + first;
             F* const block = writer.block();
             if (args.tail == Tail::kRenormalize) {
                 std::memset(block, 0, length * sizeof(F));
             } else {
 #pragma omp simd
                 for (int64_t i = 0; i < length; ++i)
-                    block[i] = scale * exp(s[i] - max);
+                    block[i] = scale * exp(value(s[i]) - max);
             }
             for (; entry < count && entries[entry].index < first + length; ++entry)
                 block[entries[entry].index - first] = F(slope_factor * entries[entry].value);
@@ -501,10 +467,12 @@ void topk_distill_rows(const TopKDistillArgs& args, double denominator, void* ro
 }
 
 void topk_distill(const TopKDistillArgs& args, double denominator, void* row_loss, Span span) {
-    if (args.student.dtype == Dtype::kFloat64)
-        topk_distill_rows<double>(args, denominator, row_loss, span);
-    else
-        topk_distill_rows<float>(args, denominator, row_loss, span);
+    switch (args.student.dtype) {
+        case Dtype::kFloat32: return topk_distill_rows<float>(args, denominator, row_loss, span);
+        case Dtype::kBFloat16: return topk_distill_rows<BFloat16>(args, denominator, row_loss, span);
+        case Dtype::kFloat16: return topk_distill_rows<Float16>(args, denominator, row_loss, span);
+        case Dtype::kFloat64: return topk_distill_rows<double>(args, denominator, row_loss, span);
+    }
 }
 
 // ---- Extraction of the k largest entries ----
@@ -545,55 +513,51 @@ private:
     int64_t k_, count_ = 0;
 };
 
-// Reads the row once from memory; returns false where it holds a NaN.
-template <class F>
-bool select(const std::byte* row, Dtype dtype, int64_t vocab, int64_t k, F* buffer, Entry* entries) {
+// Reads the row from memory; returns false where it holds a NaN.
+template <class T>
+bool select(const T* row, int64_t vocab, int64_t k, Entry* entries) {
+    using F = ValueOf<T>;
     constexpr int64_t kGroup = 64;
     Best<F> best(entries, k);
     int invalid = 0;
-    for (int64_t first = 0; first < vocab; first += kBlock) {
-        const int64_t count = minimum(kBlock, vocab - first);
-        prefetch(row, dtype, first + kBlock, vocab);
-        const F* block = load(row, dtype, first, count, buffer + first);
-        for (int64_t group = 0; group < count; group += kGroup) {
-            const F *x = block + group, threshold = best.threshold();
-            const int64_t length = minimum(kGroup, count - group);
-            int above = !best.full();
+    for (int64_t first = 0; first < vocab; first += kGroup) {
+        const T* const x = row + first;
+        const F threshold = best.threshold();
+        const int64_t length = minimum(kGroup, vocab - first);
+        int above = !best.full();
 #pragma omp simd reduction(| : above, invalid)
-            for (int64_t i = 0; i < length; ++i) {
-                above |= x[i] > threshold;
-                invalid |= x[i] != x[i];
-            }
-            if (!above) continue;
-            for (int64_t i = 0; i < length; ++i)
-                if (!best.full() || x[i] > best.threshold()) best.offer(x[i], first + group + i);
+        for (int64_t i = 0; i < length; ++i) {
+            above |= value(x[i]) > threshold;
+            invalid |= value(x[i]) != value(x[i]);
         }
+        if (!above) continue;
+        for (int64_t i = 0; i < length; ++i)
+            if (!best.full() || value(x[i]) > best.threshold()) best.offer(value(x[i]), first + i);
     }
     return !invalid;
 }
 
-template <class F>
+template <class T>
 void topk_rows(const TopKArgs& args, Span span) {
+    using F = ValueOf<T>;
     const double inverse_temperature = 1 / args.temperature;
     Entry* const entries = reinterpret_cast<Entry*>(span.scratch);
     double* const members = reinterpret_cast<double*>(entries + args.k);
-    F* const buffer = reinterpret_cast<F*>(members + args.k);
 
     for (int64_t row = span.begin; row < span.end; ++row) {
-        const std::byte* logits = row_of(args.logits, row);
-        const bool valid = select(logits, args.logits.dtype, args.vocab, args.k, buffer, entries);
-        if (valid) cpu::sort_by_index(entries, args.k);
-        Softmax<double> rest, all;
-        fold_rest(logits, args.logits.dtype, args.vocab, inverse_temperature, buffer, entries, valid ? args.k : 0,
-                  members, rest);
-        all = rest;
-        for (int64_t i = 0; valid && i < args.k; ++i) all = fold(all, members[i], inverse_temperature);
-        if (valid) cpu::sort_by_value(entries, args.k);
+        const T* const logits = reinterpret_cast<const T*>(row_of(args.logits, row));
+        const bool valid = select(logits, args.vocab, args.k, entries);
+        const int64_t count = valid ? args.k : 0;
+        cpu::sort_by_index(entries, count);
+        const Softmax<double> rest = fold_rest(logits, args.vocab, inverse_temperature, entries, count, members);
+        Softmax<double> all = rest;
+        for (int64_t i = 0; i < count; ++i) all = fold(all, members[i], inverse_temperature);
+        cpu::sort_by_value(entries, count);
 
         const double log_all = valid ? log_positive(all.sum) : kNaN;
         for (int64_t i = 0; i < args.k; ++i) {
-            const double value = valid ? (entries[i].value - all.max) * inverse_temperature - log_all : kNaN;
-            put<F>(args.logprobs, row * args.k + i, value);
+            const double logprob = valid ? (entries[i].value - all.max) * inverse_temperature - log_all : kNaN;
+            put<F>(args.logprobs, row * args.k + i, logprob);
             args.indices[row * args.k + i] = valid ? entries[i].index : i;
         }
         put<F>(args.residual, row, (rest.max - all.max) * inverse_temperature + log_positive(rest.sum) - log_all);
@@ -601,10 +565,12 @@ void topk_rows(const TopKArgs& args, Span span) {
 }
 
 void topk(const TopKArgs& args, Span span) {
-    if (args.logits.dtype == Dtype::kFloat64)
-        topk_rows<double>(args, span);
-    else
-        topk_rows<float>(args, span);
+    switch (args.logits.dtype) {
+        case Dtype::kFloat32: return topk_rows<float>(args, span);
+        case Dtype::kBFloat16: return topk_rows<BFloat16>(args, span);
+        case Dtype::kFloat16: return topk_rows<Float16>(args, span);
+        case Dtype::kFloat64: return topk_rows<double>(args, span);
+    }
 }
 
 // ---- Scale ----

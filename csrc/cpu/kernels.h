@@ -30,12 +30,7 @@ struct Kernels {
     void (*scale)(void* x, Dtype, int64_t begin, int64_t end, double factor);
 };
 
-// Scratch that the kernels above need per thread, in bytes.
 constexpr int64_t kBlock = 1024;
-inline size_t distill_scratch(int64_t vocab, size_t element) { return element * 2 * (2 * vocab + vocab / kBlock + 1); }
-inline size_t topk_scratch(int64_t vocab, int64_t k, size_t element) {
-    return (sizeof(Entry) + sizeof(double)) * k + element * vocab;
-}
 
 // Compiled once (entries.cpp), called by the kernels: no instruction set's copy of a standard algorithm may serve
 // another's.

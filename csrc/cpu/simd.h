@@ -29,45 +29,52 @@ PYALIGN_HD std::byte* row_of(const Rows& rows, int64_t row) {
     return static_cast<std::byte*>(rows.data) + offset * static_cast<int64_t>(size_of(rows.dtype));
 }
 
-// What a row's block is in F: the row itself where it has that dtype, else `buffer`, converted.
-template <class F>
-PYALIGN_HD const F* load(const std::byte* row, Dtype dtype, int64_t first, int64_t count, F* buffer) {
-    const std::byte* data = row + first * static_cast<int64_t>(size_of(dtype));
-    if (dtype == (sizeof(F) == 4 ? Dtype::kFloat32 : Dtype::kFloat64)) return reinterpret_cast<const F*>(data);
-    if (dtype == Dtype::kFloat32) {
-        const float* x = reinterpret_cast<const float*>(data);
-#pragma omp simd
-        for (int64_t i = 0; i < count; ++i) buffer[i] = F(x[i]);
-    } else {
-        const uint16_t* x = reinterpret_cast<const uint16_t*>(data);
-        if (dtype == Dtype::kBFloat16) {
-#pragma omp simd
-            for (int64_t i = 0; i < count; ++i) buffer[i] = F(bfloat16_to_float(x[i]));
-        } else {
-#pragma omp simd
-            for (int64_t i = 0; i < count; ++i) buffer[i] = F(float16_to_float(x[i]));
-        }
-    }
-    return buffer;
-}
+// Elements as they lie in memory. Loops convert as they read: it costs two instructions, and a converted copy of the row
+// would cost the cache its room.
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
+PYALIGN_HD float value(float x) { return x; }
+PYALIGN_HD double value(double x) { return x; }
+PYALIGN_HD float value(BFloat16 x) { return bfloat16_to_float(x.bits); }
+PYALIGN_HD float value(Float16 x) { return float16_to_float(x.bits); }
 
-// Asks for the block at `first` while the one before it is worked on: the hardware's own prefetch stops at every page.
-PYALIGN_HD void prefetch(const std::byte* row, Dtype dtype, int64_t first, int64_t vocab) {
-    const int64_t element = static_cast<int64_t>(size_of(dtype));
-    const int64_t end = minimum(first + kBlock, vocab) * element;
-    for (int64_t at = first * element; at < end; at += 64) __builtin_prefetch(row + at);
-}
+template <class T>
+using ValueOf = decltype(value(T()));
 
-template <class F>
-PYALIGN_HD F max_of(const F* x, int64_t count) {
+template <class T>
+struct DtypeOf;
+template <>
+struct DtypeOf<float> {
+    static constexpr Dtype value = Dtype::kFloat32;
+};
+template <>
+struct DtypeOf<double> {
+    static constexpr Dtype value = Dtype::kFloat64;
+};
+template <>
+struct DtypeOf<BFloat16> {
+    static constexpr Dtype value = Dtype::kBFloat16;
+};
+template <>
+struct DtypeOf<Float16> {
+    static constexpr Dtype value = Dtype::kFloat16;
+};
+
+template <class T>
+PYALIGN_HD ValueOf<T> max_of(const T* x, int64_t count) {
+    using F = ValueOf<T>;
     F max = std::numeric_limits<F>::lowest();
 #pragma omp simd reduction(max : max)
-    for (int64_t i = 0; i < count; ++i) max = x[i] > max ? x[i] : max;
+    for (int64_t i = 0; i < count; ++i) max = value(x[i]) > max ? value(x[i]) : max;
     return max;
 }
 
-// e^(x / T) for x / T <= 88, to relative 1e-7: 2^(x c) with c = log2(e) / T in two floats, so that dividing by T costs nothing
-// and rounds nothing. Below e^-87.33, where float turns subnormal, 0. NaN stays NaN.
+// e^(x / T) for x / T <= 88: 2^(x c) with c = log2(e) / T, so that dividing by T costs nothing. To relative 1e-7, for a
+// T that is itself off by less than a float's rounding. Below e^-87.33, where float turns subnormal, 0. NaN stays NaN.
 template <class F>
 class ScaledExp;
 
@@ -75,18 +82,16 @@ template <>
 class ScaledExp<float> {
 public:
     explicit ScaledExp(double inverse_temperature) {
-        const double factor = 1.4426950408889634 * inverse_temperature;
-        high_ = static_cast<float>(factor);
-        low_ = static_cast<float>(factor - static_cast<double>(high_));
+        factor_ = static_cast<float>(1.4426950408889634 * inverse_temperature);
         lowest_ = static_cast<float>(-87.33654 / inverse_temperature);
     }
 
     PYALIGN_HD float operator()(float x) const {
         // x c = n + r; adding 1.5 * 2^23 rounds to the integer n and leaves it in the low bits.
         constexpr float kRound = 12582912.0f;
-        const float shifted = x * high_ + kRound;
+        const float shifted = x * factor_ + kRound;
         const float n = shifted - kRound;
-        const float r = (x * high_ - n) + x * low_;
+        const float r = x * factor_ - n;
         float y = 1.5353258e-4f;
         y = y * r + 1.3399003e-3f;
         y = y * r + 9.6184386e-3f;
@@ -100,7 +105,7 @@ public:
     }
 
 private:
-    float high_, low_, lowest_;
+    float factor_, lowest_;
 };
 
 template <>
@@ -113,37 +118,65 @@ private:
     double inverse_temperature_;
 };
 
-// The sum of e^((x - max) / T).
-template <class F>
-PYALIGN_HD F sum_exp(const F* x, int64_t count, F max, ScaledExp<F> exp) {
-    F sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < count; ++i) sum += exp(x[i] - max);
-    return sum;
-}
-
+// The sum of e^((x - origin) / T), and the max in passing.
 template <class F>
 struct BlockSum {
     F sum, max;
 };
 
-// The same over any origin, with the block's max; the exponentials stay in `kept`.
-template <class F>
-PYALIGN_HD BlockSum<F> sum_exp(const F* x, int64_t count, F origin, ScaledExp<F> exp, F* kept) {
+template <class T, class F>
+PYALIGN_HD BlockSum<F> sum_exp(const T* x, int64_t count, F origin, ScaledExp<F> exp) {
     F sum = 0, max = std::numeric_limits<F>::lowest();
 #pragma omp simd reduction(+ : sum) reduction(max : max)
     for (int64_t i = 0; i < count; ++i) {
-        kept[i] = exp(x[i] - origin);
-        sum += kept[i];
-        max = x[i] > max ? x[i] : max;
+        sum += exp(value(x[i]) - origin);
+        max = value(x[i]) > max ? value(x[i]) : max;
     }
     return {sum, max};
 }
 
-// A row's state so far: the max is a logit, exact in F; the sum runs in double.
-PYALIGN_HD Softmax<double> raise_max(Softmax<double> state, double max, double inverse_temperature) {
-    if (!(max > state.max)) return state;
-    return {max, state.sum == 0 ? 0 : state.sum * rescale(state.max, max, inverse_temperature)};
+// Folds a row block by block. The sum is kept over an origin near the max, which moves only where e^x might overflow.
+template <class F>
+class RowFold {
+public:
+    explicit RowFold(double inverse_temperature)
+        : exp_(inverse_temperature), inverse_temperature_(inverse_temperature), reach_(40 / inverse_temperature) {}
+
+    template <class T>
+    PYALIGN_HD void add(const T* x, int64_t count) {
+        if (sums_.sum == 0) raise_origin(max_of(x, count));
+        BlockSum<F> block = sum_exp(x, count, F(sums_.max), exp_);
+        if (double(block.max) > sums_.max + reach_) {
+            raise_origin(block.max);
+            block = sum_exp(x, count, F(sums_.max), exp_);
+        }
+        max_ = block.max > max_ ? block.max : max_;
+        sums_.sum += double(block.sum);
+    }
+
+    PYALIGN_HD Softmax<double> finish() {
+        raise_origin(max_);
+        return sums_;
+    }
+
+private:
+    PYALIGN_HD void raise_origin(F max) {
+        if (!(double(max) > sums_.max)) return;
+        const double scale = sums_.sum == 0 ? 0 : rescale(sums_.max, double(max), inverse_temperature_);
+        sums_ = {double(max), sums_.sum * scale};
+    }
+
+    ScaledExp<F> exp_;
+    double inverse_temperature_, reach_;
+    F max_ = std::numeric_limits<F>::lowest();
+    Softmax<double> sums_;
+};
+
+template <class T>
+PYALIGN_HD Softmax<double> fold_row(const T* x, int64_t count, double inverse_temperature) {
+    RowFold<ValueOf<T>> fold(inverse_temperature);
+    for (int64_t first = 0; first < count; first += kBlock) fold.add(x + first, minimum(kBlock, count - first));
+    return fold.finish();
 }
 
 // Copies whole cache lines past the caches, to a line's start: for results too large to stay in them.

@@ -250,6 +250,49 @@ __device__ __forceinline__ void fill(T* to, int64_t count, float value, int thre
     for (int64_t i = tail + thread; i < count; i += threads) to[i] = narrow<T>(value);
 }
 
+// ---- Exponentials ----
+
+// 2^x, relative error 2^-22; 0 below 2^-126.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// exp((x - max) / T) in two instructions, where the formula as it stands takes eleven, and they bound the kernels:
+// 2^(x c - origin) with c = log2(e) / T and origin = max c. The product x c isn't rounded; what was rounded off origin is
+// a factor common to the whole row, and `correction` takes it back, once.
+struct Exponential {
+    float c, origin;
+
+    __device__ __forceinline__ Exponential(float max, float inverse_temperature)
+        : c(inverse_temperature * 1.442695041f), origin(fmaxf(max * c, -3e38f)) {}  // finite, so that -inf gives 0
+
+    __device__ __forceinline__ float operator()(float x) const { return exp2_fast(__fmaf_rn(x, c, -origin)); }
+    __device__ __forceinline__ float correction(float max) const { return exp2_fast(__fmaf_rn(max, -c, origin)); }
+};
+
+// One thread's Softmax state while it folds, N logits at once: one rescaling for all. max drops NaN, but the sum keeps it.
+struct Folding {
+    float max = Softmax<float>{}.max, sum = 0;  // of Exponential(max)
+
+    template <int N>
+    __device__ __forceinline__ void fold(const float (&x)[N], float inverse_temperature) {
+        const Exponential before(max, inverse_temperature);
+#pragma unroll
+        for (int i = 0; i < N; ++i) max = fmaxf(max, x[i]);
+        const Exponential now(max, inverse_temperature);
+        float sums[2] = {sum * exp2_fast(before.origin - now.origin), 0.f};
+#pragma unroll
+        for (int i = 0; i < N; ++i) sums[i % 2] += now(x[i]);
+        sum = sums[0] + sums[1];
+    }
+
+    __device__ __forceinline__ Softmax<float> state(float inverse_temperature) const {
+        return {max, weigh(sum, Exponential(max, inverse_temperature).correction(max))};
+    }
+};
+
 // ---- States over warps and blocks ----
 
 // Butterflies: every lane ends with the same bits (__fadd_rn, because a fused multiply-add would round two lanes'
@@ -272,18 +315,6 @@ __device__ __forceinline__ int warp_sum(int x) { return __reduce_add_sync(~0u, x
 __device__ __forceinline__ Softmax<float> warp_merge(Softmax<float> state, float inverse_temperature) {
     const float max = warp_max(state.max);
     return {max, warp_sum(__fmul_rn(state.sum, rescale(state.max, max, inverse_temperature)))};
-}
-
-// Folds N logits at once: one rescaling for all. max drops NaN, but the sum keeps it.
-template <int N>
-__device__ __forceinline__ void fold(Softmax<float>& state, const float (&x)[N], float inverse_temperature) {
-    float max = state.max;
-#pragma unroll
-    for (int i = 0; i < N; ++i) max = fmaxf(max, x[i]);
-    float sum[2] = {state.sum * rescale(state.max, max, inverse_temperature), 0.f};
-#pragma unroll
-    for (int i = 0; i < N; ++i) sum[i % 2] += rescale(x[i], max, inverse_temperature);
-    state = {max, sum[0] + sum[1]};
 }
 
 // The threads of one block, merging a state: merger(a, b) joins two, merger.warp(a) a warp's 32. Two sets of slots take

@@ -34,6 +34,20 @@ struct FoldedMerger {
     }
 };
 
+// The points of a row pair.
+struct Points {
+    Pair<float> pair;
+    Exponential student, teacher;
+
+    __device__ __forceinline__ Points(const Folded& row, float inverse_temperature)
+        : pair(finish<float>(row.student, row.teacher, inverse_temperature)),
+          student(row.student.max, inverse_temperature), teacher(row.teacher.max, inverse_temperature) {
+        pair.student_scale *= student.correction(row.student.max);
+        pair.teacher_scale *= teacher.correction(row.teacher.max);
+    }
+    __device__ __forceinline__ Point<float> at(float s, float t) const { return pair.with(student(s), teacher(t), s, t); }
+};
+
 struct Note {
     float weight, hard;  // of the token, its hard loss
 };
@@ -80,16 +94,17 @@ __device__ __forceinline__ void distill_row(const DistillParams& params, int64_t
     const bool has_target = token.target >= 0;
 
     // Fold
-    Folded folded;
+    Folding student, teacher, student_hard;
     part.first([&](int, const auto& x) {
-        fold(folded.student, x[0], inverse_temperature);
-        fold(folded.teacher, x[1], inverse_temperature);
-        if (has_target) fold(folded.hard, x[0], 1.f);
+        student.fold(x[0], inverse_temperature);
+        teacher.fold(x[1], inverse_temperature);
+        if (has_target) student_hard.fold(x[0], 1.f);
     });
-    folded = part.merge(folded, FoldedMerger{inverse_temperature, has_target});
+    const Folded own{student.state(inverse_temperature), teacher.state(inverse_temperature), student_hard.state(1.f)};
+    const Folded folded = part.merge(own, FoldedMerger{inverse_temperature, has_target});
     if (part.thread() == 0) *part.note = {token.weight, hard_loss(p, token, folded.hard, target_logit)};
     const HardTerm hard(p, token, folded.hard);
-    const Pair<float> pair = finish<float>(folded.student, folded.teacher, inverse_temperature);
+    const Points points(folded, inverse_temperature);
     if (p.wants_metrics()) write_metrics(p, row, folded, part);
 
     // Sum, and map where the slope needs no sums
@@ -107,7 +122,7 @@ __device__ __forceinline__ void distill_row(const DistillParams& params, int64_t
             float slopes[kCount];
 #pragma unroll
             for (int i = 0; i < kCount; ++i) {
-                const Point<float> at = pair.at(x[0][i], x[1][i]);
+                const Point<float> at = points.at(x[0][i], x[1][i]);
                 sums = sums + divergence.term(at);
                 if (!D::kMapNeedsSums) slopes[i] = divergence.slope(at, {});
             }
@@ -122,7 +137,7 @@ __device__ __forceinline__ void distill_row(const DistillParams& params, int64_t
             constexpr int kCount = sizeof(x[0]) / sizeof(float);
             float slopes[kCount];
 #pragma unroll
-            for (int i = 0; i < kCount; ++i) slopes[i] = divergence.slope(pair.at(x[0][i], x[1][i]), sums);
+            for (int i = 0; i < kCount; ++i) slopes[i] = divergence.slope(points.at(x[0][i], x[1][i]), sums);
             write(element, slopes, x[0]);
         });
     }

@@ -97,17 +97,19 @@ __device__ __forceinline__ float hard_loss(const LossParams& p, const TokenRow& 
 // Its gradient: factor * (softmax - 1[target]).
 struct HardTerm {
     int target;
-    float max, factor, scaled;  // factor * softmax = scaled * exp(s - max)
+    Exponential exponential;
+    float factor, scaled;  // factor * softmax = scaled * exponential
 
     __device__ __forceinline__ HardTerm(const LossParams& p, const TokenRow& token, Softmax<float> state)
-        : target(token.target), max(state.max), factor(token.factor * p.hard_weight), scaled(factor / state.sum) {}
+        : target(token.target), exponential(state.max, 1.f), factor(token.factor * p.hard_weight),
+          scaled(factor / state.sum * exponential.correction(state.max)) {}
 
     // Adds it to the gradients of the elements from `element` on.
     template <int N>
     __device__ __forceinline__ void add(float (&gradient)[N], int element, const float (&student)[N]) const {
 #pragma unroll
         for (int i = 0; i < N; ++i)
-            gradient[i] += scaled * exp_nonpositive(student[i] - max) - (element + i == target ? factor : 0.f);
+            gradient[i] += scaled * exponential(student[i]) - (element + i == target ? factor : 0.f);
     }
 };
 

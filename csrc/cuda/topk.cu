@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kMostThreads)
             if (thread == 0) shared.count = 0;
             __syncthreads();
             const Threshold threshold(low);
-            rest = {};
+            Folding folding;
             part.template pass<false, 1>([&](int element, auto& values) {
                 constexpr int kCount = sizeof(values[0]) / sizeof(float);
                 float largest = values[0][0];
@@ -158,9 +158,9 @@ __global__ void __launch_bounds__(kMostThreads)
                         values[0][i] = -INFINITY;
                     }
                 }
-                fold(rest, values[0], inverse_temperature);
+                folding.fold(values[0], inverse_temperature);
             });
-            rest = team.merge(rest, RestMerger{inverse_temperature});
+            rest = team.merge(folding.state(inverse_temperature), RestMerger{inverse_temperature});
             found = shared.count;
             if (found <= kCandidates) break;
             low = bisect(low, above, k, kCandidates, [&](Key key) {
@@ -191,15 +191,17 @@ __global__ void __launch_bounds__(kMostThreads)
             shared.ranked[rank] = key;
         }
         __syncthreads();
-        CandidateStates states;
+        Folding chosen, evicted;
         for (int i = thread; i < found; i += threads) {
             const float value[1] = {logit_of(shared.ranked[i])};
             if (i < k)
-                fold(states.chosen, value, inverse_temperature);
+                chosen.fold(value, inverse_temperature);
             else
-                fold(states.evicted, value, inverse_temperature);
+                evicted.fold(value, inverse_temperature);
         }
-        states = team.merge(states, CandidateMerger{inverse_temperature});
+        const CandidateStates states =
+            team.merge(CandidateStates{chosen.state(inverse_temperature), evicted.state(inverse_temperature)},
+                       CandidateMerger{inverse_temperature});
         rest = merge(rest, states.evicted, inverse_temperature);
         const Softmax<float> all = merge(rest, states.chosen, inverse_temperature);
 

@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kMostThreads) topk_distill_rows(const TopKPara
 
         // Entries
         __syncthreads();  // the bitmap is clear
-        States states;
+        Folding rest, members, everything, logprobs;
         bool valid = true;
         entries.each([&](int64_t place, int64_t index) {
             if (index < 0 || index >= p.vocab || bitmap.set(int(index))) {
@@ -158,8 +158,8 @@ __global__ void __launch_bounds__(kMostThreads) topk_distill_rows(const TopKPara
                 return;
             }
             const float logit[1] = {widen(student[index])}, logprob[1] = {entries.logprob(place)};
-            fold(states.members, logit, inverse_temperature);
-            fold(states.entries, logprob, 1.f);
+            members.fold(logit, inverse_temperature);
+            logprobs.fold(logprob, 1.f);
         });
         valid = !__syncthreads_or(!valid);
 
@@ -168,13 +168,13 @@ __global__ void __launch_bounds__(kMostThreads) topk_distill_rows(const TopKPara
         if (valid && reads_row) {
             part.template pass<true, 2>([&](int element, auto& x) {
                 constexpr int kCount = sizeof(x[0]) / sizeof(float);
-                if (has_target) fold(states.hard, x[0], 1.f);
+                if (has_target) everything.fold(x[0], 1.f);
                 const uint32_t marked = bitmap.of<kCount>(element);
                 if (marked) {
 #pragma unroll
                     for (int i = 0; i < kCount; ++i) x[0][i] = marked >> i & 1 ? -INFINITY : x[0][i];
                 }
-                fold(states.rest, x[0], inverse_temperature);
+                rest.fold(x[0], inverse_temperature);
             });
         }
         if (!valid) {
@@ -184,7 +184,9 @@ __global__ void __launch_bounds__(kMostThreads) topk_distill_rows(const TopKPara
             write_lossless<T>(p, row, Token::kInvalid, thread, threads);
             continue;
         }
-        states = team.merge(states, StatesMerger{inverse_temperature});
+        const States states = team.merge(States{rest.state(inverse_temperature), members.state(inverse_temperature),
+                                                everything.state(1.f), logprobs.state(1.f)},
+                                         StatesMerger{inverse_temperature});
         const Softmax<float> all = merge(states.rest, states.members, inverse_temperature);
         const Softmax<float> student_state = tail == Tail::kRenormalize ? states.members : all;
         float residual = -INFINITY;
@@ -245,7 +247,8 @@ __global__ void __launch_bounds__(kMostThreads) topk_distill_rows(const TopKPara
         if (gradient) {
             const float slope_factor = token.factor * p.slope_weight;
             const HardTerm hard(p, token, states.hard);
-            float scale = 0.f, max = 0.f;  // the gradient outside the entries is scale * exp((s - max) / T)
+            Softmax<float> over = all;  // outside the entries the gradient is scale * exp((s - over.max) / T)
+            float scale = 0.f;
             with_divergence(p, [&](const auto& divergence) {
                 entries.each([&](int64_t place, int64_t index) {
                     const float logit[1] = {widen(student[index])};
@@ -257,15 +260,17 @@ __global__ void __launch_bounds__(kMostThreads) topk_distill_rows(const TopKPara
                 });
                 if (slope_factor == 0.f) return;
                 if (tail == Tail::kBucket && states.rest.sum != 0.f)
-                    scale = slope_factor * divergence.slope(outside, sums) / states.rest.sum, max = states.rest.max;
-                if (tail == Tail::kDrop) scale = -slope_factor * sums.aux / all.sum, max = all.max;
+                    over = states.rest, scale = slope_factor * divergence.slope(outside, sums) / over.sum;
+                if (tail == Tail::kDrop) scale = -slope_factor * sums.aux / over.sum;
             });
+            const Exponential exponential(over.max, inverse_temperature);
+            scale = weigh(scale, exponential.correction(over.max));
             const auto write = [&](int element, const auto& x) {
                 constexpr int kCount = sizeof(x[0]) / sizeof(float);
                 float values[kCount];
 #pragma unroll
                 for (int i = 0; i < kCount; ++i)
-                    values[i] = scale == 0.f ? 0.f : scale * exp_nonpositive((x[0][i] - max) * inverse_temperature);
+                    values[i] = scale == 0.f ? 0.f : scale * exponential(x[0][i]);
                 if (has_target) hard.add(values, element, x[0]);
                 const uint32_t marked = bitmap.of<kCount>(element);
                 if (!marked) {
