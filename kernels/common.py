@@ -4,11 +4,10 @@
 # pyright: reportOperatorIssue=false, reportArgumentType=false, reportAssignmentType=false
 """What every kernel is made of: float32 functions, softmax states, rows in memory, tokens, the launch.
 
-The functions are those of ``csrc/common/math.h`` and ``distill.h``, over Triton tensors. One program serves
-one row. It walks the row in blocks of ``BLOCK`` columns, each lane of a block keeps a state of its own, and
-the lanes are merged once at the end, so that the loop over a row holds no reduction. Only the first walk
-reads from memory; later ones find the row in the L2 cache, and alternate their direction to meet first what
-was read last.
+The functions are those of ``csrc/common/math.h`` and ``distill.h``, over Triton tensors. One program serves one row.
+It walks the row in blocks of ``BLOCK`` columns, each thread keeps a state of its own, and the states are merged once at
+the end, so that the loop over a row holds no reduction across threads. Only the first walk reads from memory; later
+ones find the row in the L2 cache, as far as it fits, and alternate their direction to meet first what was read last.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
 MANTISSA = tl.constexpr(0x007FFFFF)
 INFINITY = tl.constexpr(float("inf"))
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 # Functions
 
@@ -50,9 +50,7 @@ def exp_scaled(x, inverse_temperature):
 def log_parts(x):
     """(n, r) with x = 2^n (1 + r), 1 + r in [sqrt(1/2), sqrt(2))."""
     offset = x.to(tl.int32, bitcast=True) - SQRT_HALF_BITS
-    return (offset >> 23).to(tl.float32), ((offset & MANTISSA) + SQRT_HALF_BITS).to(
-        tl.float32, bitcast=True
-    ) - 1.0
+    return (offset >> 23).to(tl.float32), ((offset & MANTISSA) + SQRT_HALF_BITS).to(tl.float32, bitcast=True) - 1.0
 
 
 @triton.jit
@@ -113,17 +111,29 @@ def log1mexp(x):
     return tl.where(x >= 0, -INFINITY, tl.where(x > -LN_2, near, far))
 
 
-# Softmax states: best is the largest of the logits folded so far (LOWEST before the first) and total is sum
-# exp((x - best) / T). The GROUP columns of a block that one thread holds share a state, which is rescaled
-# once for all of them: neighbours where loads are vectors (ALIGN > 1), else every BLOCK / GROUP-th column.
+# The GROUP columns of a block that one thread holds share a state: neighbours where loads are vectors (ALIGN > 1),
+# else every BLOCK / GROUP-th column.
+
+
+@triton.jit
+def grouped(x, ALIGN: tl.constexpr, GROUP: tl.constexpr):
+    return tl.reshape(x, (x.shape[0] // GROUP, GROUP) if ALIGN > 1 else (GROUP, x.shape[0] // GROUP))
+
+
+@triton.jit
+def group_sum(x, ALIGN: tl.constexpr, GROUP: tl.constexpr):
+    return tl.sum(grouped(x, ALIGN, GROUP), 1 if ALIGN > 1 else 0)
+
+
+# Softmax states: best is the largest of the logits folded so far (LOWEST before the first) and total is
+# sum exp((x - best) / T), which is rescaled once per group.
 
 
 @triton.jit
 def fold(best, total, logits, inverse_temperature, ALIGN: tl.constexpr, GROUP: tl.constexpr):
     """(best, total) of BLOCK / GROUP states with BLOCK more logits."""
-    STATES: tl.constexpr = logits.shape[0] // GROUP
     AXIS: tl.constexpr = 1 if ALIGN > 1 else 0
-    x = tl.reshape(logits, (STATES, GROUP) if ALIGN > 1 else (GROUP, STATES))
+    x = grouped(logits, ALIGN, GROUP)
     top = tl.maximum(best, tl.max(x, AXIS))
     total *= exp_scaled(best - top, inverse_temperature)
     return top, total + tl.sum(exp_scaled(x - tl.expand_dims(top, AXIS), inverse_temperature), AXIS)
@@ -195,6 +205,16 @@ def load_logits(row, columns, vocab, limit, RAGGED: tl.constexpr):
     if RAGGED:
         x = tl.where(columns < vocab, x, -INFINITY)
     return x
+
+
+@triton.jit
+def store_rounded(pointer, value, mask):
+    """Stores float32 as the pointer's type, rounded to nearest."""
+    if INTERPRETED and pointer.dtype.element_ty == tl.bfloat16:  # where Triton's interpreter would truncate
+        bits = value.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        value = (bits & -65536).to(tl.float32, bitcast=True)
+    tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -281,15 +301,11 @@ def launch(kernel: Any, programs: int, warps: int, **arguments: Any) -> None:
     """Runs ``kernel`` on the device of its tensors, if there is anything to run."""
     device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
     if device.type == "cpu" and not knobs.runtime.interpret:
-        raise RuntimeError(
-            "the Triton kernels got CPU tensors: those need TRITON_INTERPRET=1 in the environment"
-        )
+        raise RuntimeError("the Triton kernels got CPU tensors: those need TRITON_INTERPRET=1 in the environment")
     if programs == 0:
         return
     # The interpreter computes with NumPy, which would warn of every -inf - -inf that a select drops.
-    context = (
-        np.errstate(all="ignore") if device.type == "cpu" else torch.get_device_module(device).device(device)
-    )
+    context = np.errstate(all="ignore") if device.type == "cpu" else torch.get_device_module(device).device(device)
     with context:
         kernel[(programs,)](**arguments, num_warps=warps, enable_fp_fusion=True)
 

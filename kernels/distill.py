@@ -37,6 +37,7 @@ from .common import (
     expm1_nonpositive,
     fold,
     fold_lane,
+    group_sum,
     in_series,
     is_counted,
     launch,
@@ -54,6 +55,7 @@ from .common import (
     row_arguments,
     row_factor,
     row_start,
+    store_rounded,
     threads,
     token_arguments,
     warp_size,
@@ -91,7 +93,7 @@ def point(student, teacher, pair, inverse_temperature):
     q = exp_scaled(student - student_max, inverse_temperature) * student_scale
     p = exp_scaled(teacher - teacher_max, inverse_temperature) * teacher_scale
     d = ((student - student_origin) - (teacher - teacher_origin)) * inverse_temperature - log_ratio
-    return p, q, tl.where(d == d, d, 0.0)  # NaN: -inf on both sides, or p and q are NaN
+    return p, q, tl.where(p + q == 0.0, 0.0, d)
 
 
 @triton.jit
@@ -232,11 +234,7 @@ def clear(pointer, width, BLOCK: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        *(
-            f"{matrix}_{part}"
-            for matrix in ("student", "teacher", "gradient")
-            for part in ("inner", "outer", "stride")
-        ),
+        *(f"{matrix}_{part}" for matrix in ("student", "teacher", "gradient") for part in ("inner", "outer", "stride")),
         *("teacher_count", "vocab", "limit", "width", "ignore_index"),
     ]
 )
@@ -339,9 +337,9 @@ def distill_kernel(
         pair = finish(student_top, student_sum, teacher_top, teacher_sum, inverse_temperature)
 
         # Sum
-        losses = tl.zeros((BLOCK,), tl.float32)
-        auxes = tl.zeros((BLOCK,), tl.float32)
-        surprise = tl.zeros((BLOCK,), tl.float32)  # q (max - s) / T
+        losses = tl.zeros((BLOCK // GROUP,), tl.float32)
+        auxes = tl.zeros((BLOCK // GROUP,), tl.float32)
+        surprise = tl.zeros((BLOCK // GROUP,), tl.float32)  # q (max - s) / T
         loss = 0.0
         aux = 0.0
         blocks = tl.cdiv(vocab, BLOCK)
@@ -352,10 +350,11 @@ def distill_kernel(
                 t = load_logits(teacher_row, columns, vocab, teacher_limit, RAGGED)
                 p, q, d = point(s, t, pair, inverse_temperature)
                 term_loss, term_aux = term(p, q, d, beta, DIVERGENCE)
-                losses += term_loss
-                auxes += term_aux
+                losses += group_sum(term_loss, ALIGN, GROUP)
+                auxes += group_sum(term_aux, ALIGN, GROUP)
                 if entropy is not None:
-                    surprise += weigh(q, (student_top - s) * inverse_temperature)
+                    part = weigh(q, (student_top - s) * inverse_temperature)
+                    surprise += group_sum(part, ALIGN, GROUP)
             loss = tl.sum(losses, 0)
             aux = tl.sum(auxes, 0)
 
@@ -377,12 +376,13 @@ def distill_kernel(
                         s, columns, target, target_logit, student_top, hard_sum
                     )
                 value = tl.where(columns < vocab, value, 0.0)
-                tl.store(gradient_row + columns, value.to(gradient.dtype.element_ty), mask=columns < width)
+                store_rounded(gradient_row + columns, value, columns < width)
                 if not MAP_NEEDS_SUMS:
                     term_loss, term_aux = term(p, q, d, beta, DIVERGENCE)
-                    losses += term_loss
+                    losses += group_sum(term_loss, ALIGN, GROUP)
                     if entropy is not None:
-                        surprise += weigh(q, (student_top - s) * inverse_temperature)
+                        part = weigh(q, (student_top - s) * inverse_temperature)
+                        surprise += group_sum(part, ALIGN, GROUP)
             if not MAP_NEEDS_SUMS:
                 loss = tl.sum(losses, 0)
 
@@ -602,13 +602,14 @@ def topk_distill_kernel(
             agree = (leader(best, first) == teacher_top) & (row_sum == row_sum)
             tl.store(agreement + row, agree.to(tl.uint8))
         if entropy is not None:
-            surprise = tl.zeros((BLOCK,), tl.float32)
+            surprise = tl.zeros((BLOCK // GROUP,), tl.float32)
             blocks = tl.cdiv(vocab, BLOCK)
             for i in range(blocks):
                 columns = (blocks - 1 - i) * BLOCK + lanes
                 s = load_logits(student_row, columns, vocab, limit, RAGGED)
                 exponential = exp_scaled(s - row_max, inverse_temperature)
-                surprise += weigh(exponential, (row_max - s) * inverse_temperature)
+                part = weigh(exponential, (row_max - s) * inverse_temperature)
+                surprise += group_sum(part, ALIGN, GROUP)
             tl.store(entropy + row, log_positive(row_sum) + tl.sum(surprise, 0) / row_sum)
 
         # Map
@@ -634,7 +635,7 @@ def topk_distill_kernel(
                         s, columns, target, target_logit, row_max, hard_sum
                     )
                 value = tl.where(columns < vocab, derivative * factor, 0.0)
-                tl.store(gradient_row + columns, value.to(gradient.dtype.element_ty), mask=columns < width)
+                store_rounded(gradient_row + columns, value, columns < width)
 
         if row_loss is not None:
             result = soft_weight * loss
@@ -697,9 +698,7 @@ def scatter_kernel(
         index = tl.load(indices + teacher_number * k + entry, mask=inside, other=-1).to(tl.int64)
         value = tl.load(entry_gradient + row * k + entry, mask=inside, other=0.0)
         gradient_row = gradient + row_start(row, gradient_inner, gradient_outer, gradient_stride, 1)
-        tl.store(
-            gradient_row + index, value.to(gradient.dtype.element_ty), mask=(index >= 0) & (index < vocab)
-        )
+        store_rounded(gradient_row + index, value, (index >= 0) & (index < vocab))
 
 
 # Top-k extraction. Entries are ordered by key: larger logits first, of equals the lower index. A block's lane
@@ -859,7 +858,7 @@ def scale_kernel(
         columns = program % chunks * BLOCK + tl.arange(0, BLOCK)
         inside = columns < width
         value = tl.load(x_row + columns, mask=inside, other=0.0).to(tl.float32) * by
-        tl.store(x_row + columns, value.to(x.dtype.element_ty), mask=inside)
+        store_rounded(x_row + columns, value, inside)
 
 
 # Engine functions
@@ -962,9 +961,7 @@ def topk(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Te
     if not 0 < k <= min(MAX_K, vocab):
         raise ValueError(f"k: got {k} for logits with {vocab} entries; wanted 1 <= k <= {min(MAX_K, vocab)}")
     if vocab > 1 << INDEX_BITS.value:
-        raise ValueError(
-            f"logits: got {vocab} entries per row; top-k extraction takes up to {1 << INDEX_BITS.value}"
-        )
+        raise ValueError(f"logits: got {vocab} entries per row; top-k extraction takes up to {1 << INDEX_BITS.value}")
     matrix, device = rows(logits), logits.device
     count = matrix.count
     logprobs = torch.empty((count, k), dtype=torch.float32, device=device)
@@ -1057,9 +1054,7 @@ class _Call:
         heavy = options.divergence == "jsd" or options.hard_weight > 0.0 or want_metrics
         per_program = threads(options.vocab * student.element_size(), 512 if heavy else 1024)
         self.warps = per_program // warp_size(device)
-        soft_weight = (1.0 - options.hard_weight) * (
-            options.temperature**2 if options.temperature_squared else 1.0
-        )
+        soft_weight = (1.0 - options.hard_weight) * (options.temperature**2 if options.temperature_squared else 1.0)
         self.arguments: dict[str, Any] = {
             **row_arguments("student", self.student),
             **row_arguments("gradient", self.gradient or Rows(student, 0, 1, 0, 0)),

@@ -1,0 +1,304 @@
+"""Every Triton kernel compiles without a GPU, for NVIDIA's and AMD's, in 16-byte accesses and without spills.
+
+Run as a program, this file compiles the kernels that the engine functions launch and prints a report in JSON. The
+tests do so in a process of their own: with TRITON_INTERPRET=1, as other tests want it, nothing can be compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyalign._types import DIVERGENCES, TAILS, Options, Tokens
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ROWS = 2
+KERNELS = {
+    "count_kernel",
+    "reduce_kernel",
+    "distill_kernel",
+    "topk_distill_kernel",
+    "scatter_kernel",
+    "lanes_kernel",
+    "select_kernel",
+    "scale_kernel",
+}
+
+
+def plain_tokens() -> Tokens:
+    return Tokens(mask=torch.ones(ROWS, dtype=torch.bool))
+
+
+def all_tokens() -> Tokens:
+    number = torch.zeros(ROWS, dtype=torch.int64)
+    return Tokens(
+        mask=torch.ones(ROWS, dtype=torch.bool),
+        labels=number,
+        teacher_rows=number,
+        weight=torch.ones(ROWS),
+        targets=number,
+        upstream=torch.ones(ROWS),
+        reduction="none",
+    )
+
+
+def logits(dtype: str, width: int = 128256) -> Tensor:
+    return torch.zeros(ROWS, width, dtype=DTYPES[dtype])
+
+
+def distill(divergence: str, dtype: str, vocab: int = 128256, width: int = 128256, full: bool = False) -> None:
+    from pyalign.kernels import distill as engine
+
+    x = logits(dtype, width)
+    options = Options(vocab, divergence, temperature=2.0, hard_weight=0.5) if full else Options(vocab, divergence)
+    tokens = all_tokens() if full else plain_tokens()
+    engine.distill(x, x, tokens, options, gradient=x, want_loss=True, want_metrics=full)
+
+
+def topk_distill(divergence: str, tail: str, dtype: str, k: int = 50, full: bool = False) -> None:
+    from pyalign.kernels import distill as engine
+
+    x = logits(dtype)
+    options = Options(128256, divergence)
+    if full:
+        options = options._replace(temperature=2.0, hard_weight=0.5)
+    engine.topk_distill(
+        x,
+        torch.zeros(ROWS, k, dtype=torch.float16),
+        torch.zeros(ROWS, k, dtype=torch.int32),
+        None if full else torch.zeros(ROWS, dtype=torch.float16),
+        tail,
+        all_tokens() if full else plain_tokens(),
+        options,
+        gradient=x,
+        want_loss=True,
+        want_metrics=full,
+    )
+
+
+def topk(dtype: str, k: int, vocab: int) -> None:
+    from pyalign.kernels import distill as engine
+
+    engine.topk(logits(dtype, vocab), k, 1.0)
+
+
+def scale(dtype: str) -> None:
+    from pyalign.kernels import distill as engine
+
+    engine.scale(logits(dtype), torch.ones(()))
+
+
+def cases(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Calls of engine functions, each under a name."""
+    for divergence in DIVERGENCES:
+        yield f"distill {divergence}", lambda d=divergence: distill(d, "bfloat16")
+    yield "distill float32", lambda: distill("forward_kl", "float32")
+    yield "distill full", lambda: distill("jsd", "bfloat16", full=True)
+    yield "distill padded", lambda: distill("reverse_kl", "bfloat16", 50257, 50304)
+    yield "distill odd", lambda: distill("forward_kl", "bfloat16", 50257, 50257)
+    for tail in TAILS:
+        yield f"topk_distill {tail}", lambda t=tail: topk_distill("forward_kl", t, "bfloat16")
+    yield "topk_distill full", lambda: topk_distill("jsd", "bucket", "bfloat16", full=True)
+    yield "topk", lambda: topk("bfloat16", 50, 32000)
+    yield "scale", lambda: scale("bfloat16")
+    if not everything:
+        return
+    for dtype, divergence, full in product(DTYPES, DIVERGENCES, (False, True)):
+        name = f"{divergence} {dtype}{' full' if full else ''}"
+        yield f"distill {name}", lambda a=(divergence, dtype), f=full: distill(*a, full=f)
+        for tail in TAILS:
+            yield (
+                f"topk_distill {tail} {name}",
+                lambda a=(divergence, tail, dtype), f=full: topk_distill(*a, k=256, full=f),
+            )
+    for dtype, (k, vocab) in product(DTYPES, ((1, 128256), (50, 151936), (256, 262144))):
+        yield f"topk {k} {dtype}", lambda a=(dtype, k, vocab): topk(*a)
+        yield f"scale {dtype}", lambda d=dtype: scale(d)
+
+
+def compile_kernel(kernel: Any, warps: int, arguments: dict[str, Any], target: Any) -> Any:
+    """What a launch with these arguments would compile, for another target than this machine's."""
+    import triton
+    from triton.compiler import ASTSource
+
+    pointers = {
+        torch.float32: "*fp32",
+        torch.bfloat16: "*bf16",
+        torch.float16: "*fp16",
+        torch.int64: "*i64",
+        torch.int32: "*i32",
+        torch.uint8: "*u8",
+    }
+    constants = {p.name for p in kernel.params if p.is_constexpr}
+    signature: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    assert set(arguments) == set(kernel.arg_names)
+    for place, name in enumerate(kernel.arg_names):
+        value = arguments[name]
+        if name in constants or value is None:
+            signature[name], values[name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[name] = pointers[value.dtype]
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+    source = ASTSource(kernel, signature, constexprs=values, attrs=attributes)
+    return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": True})
+
+
+def spilled_bytes(compiled: Any) -> int:
+    """Bytes of local memory per thread."""
+    if "amdgcn" in compiled.asm:
+        assembly = compiled.asm["amdgcn"]
+        spills = re.findall(r"\.vgpr_spill_count:\s+(\d+)", assembly)
+        return sum(map(int, spills + re.findall(r"\.private_segment_fixed_size:\s+(\d+)", assembly)))
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"(?:STACK|LOCAL):(\d+)", usage)
+    assert found, usage
+    return sum(map(int, found))
+
+
+def accesses(compiled: Any) -> dict[str, int]:
+    """How many loads and stores of global memory move 16 bytes, and how many 2 bytes or fewer."""
+    if "ptx" in compiled.asm:
+        found = re.findall(r"\b(ld|st)\.global((?:\.\w+)*)", compiled.asm["ptx"])
+        sizes = [(kind, "wide" if ".v4.b32" in size or ".v2.b64" in size else size) for kind, size in found]
+        named = [(kind, "narrow" if size in (".b16", ".b8") else size) for kind, size in sizes]
+    else:
+        found = re.findall(r"\b(?:global|buffer)_(load|store)_(\w+)", compiled.asm["amdgcn"])
+        size_names = {"dwordx4": "wide", "ushort": "narrow", "short": "narrow", "short_d16": "narrow"}
+        named = [({"load": "ld", "store": "st"}[kind], size_names.get(size, size)) for kind, size in found]
+    return {
+        f"{size} {kind}": sum(one == (kind, size) for one in named)
+        for kind in ("ld", "st")
+        for size in ("wide", "narrow")
+    }
+
+
+def report(everything: bool) -> list[dict[str, Any]]:
+    """Compiles all kernels of all cases for all targets, each once."""
+    from pyalign.kernels import common
+    from pyalign.kernels import distill as engine
+    from triton.backends.compiler import GPUTarget
+
+    launches: list[tuple[Any, int, dict[str, Any]]] = []
+    results: list[dict[str, Any]] = []
+
+    def record(kernel: Any, programs: int, warps: int, **arguments: Any) -> None:
+        launches.append((kernel, warps, arguments))
+
+    for module in (common, engine):
+        module.launch = record
+    for name, (backend, architecture, warp_size) in TARGETS.items():
+        engine.warp_size = lambda device, size=warp_size: size
+        seen: set[str] = set()
+        for case, call in cases(everything):
+            launches.clear()
+            call()
+            for kernel, warps, arguments in launches:
+                compiled = compile_kernel(kernel, warps, arguments, GPUTarget(backend, architecture, warp_size))
+                if compiled.hash in seen:
+                    continue
+                seen.add(compiled.hash)
+                results.append(
+                    {
+                        "case": case,
+                        "target": name,
+                        "kernel": kernel.__name__,
+                        "spilled": spilled_bytes(compiled),
+                        **accesses(compiled),
+                    }
+                )
+    return results
+
+
+def compiled_elsewhere(everything: bool) -> list[dict[str, Any]]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__, *(["everything"] if everything else [])]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-4000:]
+    return json.loads(process.stdout)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    pytest.importorskip("triton")
+    return compiled_elsewhere(everything=False)
+
+
+def of(compiled: list[dict[str, Any]], target: str, case: str, kernel: str) -> dict[str, Any]:
+    (one,) = [x for x in compiled if (x["target"], x["case"], x["kernel"]) == (target, case, kernel)]
+    return one
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_compiles(compiled: list[dict[str, Any]], target: str):
+    kernels: defaultdict[str, set[str]] = defaultdict(set)
+    for one in compiled:
+        kernels[one["target"]].add(one["kernel"])
+    assert kernels[target] == KERNELS
+
+
+def test_registers_suffice(compiled: list[dict[str, Any]]):
+    assert [x for x in compiled if x["spilled"]] == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("case", "kernel", "scalars"),
+    [
+        *((f"distill {divergence}", "distill_kernel", 0) for divergence in DIVERGENCES),
+        ("distill float32", "distill_kernel", 0),
+        ("distill full", "distill_kernel", 1),  # the target's logit
+        ("distill padded", "distill_kernel", 0),  # a ragged vocabulary in rows that are not
+        ("topk_distill bucket", "topk_distill_kernel", 2),  # the logits of the entries, the residual
+        ("topk_distill drop", "topk_distill_kernel", 1),
+        ("topk", "lanes_kernel", 0),
+        ("scale", "scale_kernel", 0),
+    ],
+)
+def test_rows_are_read_and_written_in_16_byte_vectors(
+    compiled: list[dict[str, Any]], target: str, case: str, kernel: str, scalars: int
+):
+    found = of(compiled, target, case, kernel)
+    masks = 1  # of a byte per row
+    agreement = 2  # written per row, or cleared
+    log_probs = 1 if "topk_distill" in case else 0
+    assert found["wide ld"] > 0
+    assert found["narrow ld"] <= scalars + masks + log_probs
+    if kernel == "lanes_kernel":
+        return
+    assert found["wide st"] > 0
+    assert found["narrow st"] <= (agreement if "full" in case else 0)
+
+
+@pytest.mark.slow
+def test_everything_compiles_and_registers_suffice():
+    pytest.importorskip("triton")
+    results = compiled_elsewhere(everything=True)
+    assert {x["kernel"] for x in results} == KERNELS
+    assert [x for x in results if x["spilled"]] == []
+
+
+if __name__ == "__main__":
+    json.dump(report(everything="everything" in sys.argv[1:]), sys.stdout)
