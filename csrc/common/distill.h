@@ -103,42 +103,55 @@ PYALIGN_HD F weigh(F probability, F value) {
     return probability == F(0) ? F(0) : probability * value;
 }
 
-// q - p = p (e^d - 1), without cancellation where they are close.
-template <class F>
+// q - p = p (e^d - 1). kNear: from the series where the two are close, without cancellation.
+template <bool kNear, class F>
 PYALIGN_HD F probability_gap(Point<F> x) {
-    const F near = x.p * x.d + x.p * phi_series(x.d), far = x.q - x.p;
+    const F far = x.q - x.p;
+    if (!kNear) return far;
+    const F near = x.p * x.d + x.p * phi_series(x.d);
     return in_series(x.d) ? near : far;
 }
 
 // weight (e^x - 1 - x) for the point where weight e^x = `weighted`: the summand of a KL.
-template <class F>
+template <bool kNear, class F>
 PYALIGN_HD F kl_term(F weight, F weighted, F x) {
-    const F near = weight * phi_series(x), far = (weighted - weight) - weigh(weight, x);
+    const F far = (weighted - weight) - weigh(weight, x);
+    if (!kNear) return far;
+    const F near = weight * phi_series(x);
     return in_series(x) ? near : far;
 }
+
+// Closed forms err by 1e-7 of the row's mass. Where a row's loss is above this, that is no more than its own rounding,
+// and an engine may take a divergence's Far form; every term is >= 0, so a part of the row's terms shows it.
+template <class F>
+constexpr F kFarLoss = F(0.0625);
 
 // Each divergence D(p, q) = sum f(p, q) has
 //   term   its summand in the non-negative form, and the row's aux (masses of p and q must each sum to 1);
 //   slope  dD/d(logit / T) of an entry, given the row's Sums;
 //   plain  f(p, q) itself, and flow, q df/dq: for partial sums over some of the categories, whose gradient is
 //          flow_i - q_i sum_j flow_j.
-// kMapNeedsSums says whether `slope` reads the Sums.
+// kMapNeedsSums says whether `slope` reads the Sums; `far` is the form without series, see kFarLoss.
 
 // KL(p || q) = sum p (log p - log q);  dD/dz = q - p.
-template <class F>
+template <class F, bool kNear = true>
 struct ForwardKL {
+    using Far = ForwardKL<F, false>;
+    PYALIGN_HD Far far() const { return {}; }
     static constexpr bool kMapNeedsSums = false;
-    PYALIGN_HD Sums<F> term(Point<F> x) const { return {kl_term(x.p, x.q, x.d), F(0)}; }
-    PYALIGN_HD F slope(Point<F> x, Sums<F>) const { return probability_gap(x); }
+    PYALIGN_HD Sums<F> term(Point<F> x) const { return {kl_term<kNear>(x.p, x.q, x.d), F(0)}; }
+    PYALIGN_HD F slope(Point<F> x, Sums<F>) const { return probability_gap<kNear>(x); }
     PYALIGN_HD F plain(Point<F> x) const { return -weigh(x.p, x.d); }
     PYALIGN_HD F flow(Point<F> x) const { return -x.p; }
 };
 
 // KL(q || p) = sum q (log q - log p);  dD/dz = q (d - D).
-template <class F>
+template <class F, bool kNear = true>
 struct ReverseKL {
+    using Far = ReverseKL<F, false>;
+    PYALIGN_HD Far far() const { return {}; }
     static constexpr bool kMapNeedsSums = true;
-    PYALIGN_HD Sums<F> term(Point<F> x) const { return {kl_term(x.q, x.p, -x.d), F(0)}; }
+    PYALIGN_HD Sums<F> term(Point<F> x) const { return {kl_term<kNear>(x.q, x.p, -x.d), F(0)}; }
     PYALIGN_HD F slope(Point<F> x, Sums<F> row) const { return weigh(x.q, x.d) - x.q * row.loss; }
     PYALIGN_HD F plain(Point<F> x) const { return weigh(x.q, x.d); }
     PYALIGN_HD F flow(Point<F> x) const { return weigh(x.q, x.d + F(1)); }
@@ -146,10 +159,12 @@ struct ReverseKL {
 
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q;  dD/dz = (1 - beta) q (log q/m - KL(q || m)).
 // The mixture lives in log space: log m/p = log(beta + (1 - beta) e^d), expanded around the larger of p and q.
-template <class F>
+template <class F, bool kNear = true>
 struct JensenShannon {
+    using Far = JensenShannon<F, false>;
     static constexpr bool kMapNeedsSums = true;
     F beta;
+    PYALIGN_HD Far far() const { return {beta}; }
 
     struct Mixture {
         F m, m_over_p, m_over_q;  // m, log m/p, log m/q
@@ -164,8 +179,8 @@ struct JensenShannon {
     }
     PYALIGN_HD Sums<F> term(Point<F> x) const {
         const Mixture mix = mixture(x);
-        const F student = kl_term(x.q, mix.m, mix.m_over_q);
-        return {beta * kl_term(x.p, mix.m, mix.m_over_p) + (F(1) - beta) * student, student};
+        const F student = kl_term<kNear>(x.q, mix.m, mix.m_over_q);
+        return {beta * kl_term<kNear>(x.p, mix.m, mix.m_over_p) + (F(1) - beta) * student, student};
     }
     PYALIGN_HD F slope(Point<F> x, Sums<F> row) const {
         return (beta - F(1)) * (weigh(x.q, mixture(x).m_over_q) + x.q * row.aux);
@@ -178,15 +193,17 @@ struct JensenShannon {
 };
 
 // 1/2 sum |p - q|;  dD/dz = q (g - sum q g), g = 1/2 sign(q - p), sign(0) = 0.
-template <class F>
+template <class F, bool kNear = true>
 struct TotalVariation {
+    using Far = TotalVariation<F, false>;
+    PYALIGN_HD Far far() const { return {}; }
     static constexpr bool kMapNeedsSums = true;
     PYALIGN_HD F plain(Point<F> x) const {
-        const F gap = probability_gap(x);
+        const F gap = probability_gap<kNear>(x);
         return F(0.5) * (gap < F(0) ? -gap : gap);
     }
     PYALIGN_HD F flow(Point<F> x) const {
-        const F gap = probability_gap(x);
+        const F gap = probability_gap<kNear>(x);
         return gap > F(0) ? F(0.5) * x.q : gap < F(0) ? F(-0.5) * x.q : F(0) * gap;
     }
     PYALIGN_HD Sums<F> term(Point<F> x) const { return {plain(x), flow(x)}; }

@@ -130,48 +130,47 @@ PYALIGN_HD F term_and_slope_at(D divergence, Pair<F> pair, ScaledExp<F> exp, F s
     return divergence.term(x).loss;
 }
 
-// Two folded rows and a divergence between them, block by block.
-template <class T, class D>
+// Two folded rows, and what the loops below take of them for a block.
+template <class T>
 struct RowPair {
-    using F = ValueOf<T>;
-    D divergence;
-    Pair<F> pair;
-    ScaledExp<F> exp;
+    Pair<ValueOf<T>> pair;
+    ScaledExp<ValueOf<T>> exp;
     const T *student, *teacher;
-
-    Sums<double> sum_block(int64_t first, int64_t count) const {
-        const RowPair row = *this;  // a copy, so that no store below can be taken to change it
-        const T *s = student + first, *t = teacher + first;
-        alignas(64) F aux[kBlock];
-        F loss = 0, aux_sum = 0;
-#pragma omp simd reduction(+ : loss)
-        for (int64_t i = 0; i < count; ++i)
-            loss += term_at(row.divergence, row.pair, row.exp, value(s[i]), value(t[i]), aux + i);
-#pragma omp simd reduction(+ : aux_sum)
-        for (int64_t i = 0; i < count; ++i) aux_sum += aux[i];
-        return {double(loss), double(aux_sum)};
-    }
-
-    // gradient = factor * slope
-    void map_block(int64_t first, int64_t count, Sums<F> sums, F factor, F* gradient) const {
-        const RowPair row = *this;
-        const T *s = student + first, *t = teacher + first;
-#pragma omp simd
-        for (int64_t i = 0; i < count; ++i)
-            gradient[i] = factor * slope_at(row.divergence, row.pair, row.exp, sums, value(s[i]), value(t[i]));
-    }
-
-    // Both at once, for a divergence whose map needs no sums; returns the block's loss.
-    double sum_and_map_block(int64_t first, int64_t count, F factor, F* gradient) const {
-        const RowPair row = *this;
-        const T *s = student + first, *t = teacher + first;
-        F loss = 0;
-#pragma omp simd reduction(+ : loss)
-        for (int64_t i = 0; i < count; ++i)
-            loss += term_and_slope_at(row.divergence, row.pair, row.exp, value(s[i]), value(t[i]), factor, gradient + i);
-        return double(loss);
-    }
 };
+
+template <class T, class D>
+Sums<double> sum_block(D divergence, RowPair<T> row, int64_t first, int64_t count) {
+    using F = ValueOf<T>;
+    const T *s = row.student + first, *t = row.teacher + first;
+    alignas(64) F aux[kBlock];
+    F loss = 0, aux_sum = 0;
+#pragma omp simd reduction(+ : loss)
+    for (int64_t i = 0; i < count; ++i)
+        loss += term_at(divergence, row.pair, row.exp, value(s[i]), value(t[i]), aux + i);
+#pragma omp simd reduction(+ : aux_sum)
+    for (int64_t i = 0; i < count; ++i) aux_sum += aux[i];
+    return {double(loss), double(aux_sum)};
+}
+
+// gradient = factor * slope
+template <class T, class D, class F>
+void map_block(D divergence, RowPair<T> row, int64_t first, int64_t count, Sums<F> sums, F factor, F* gradient) {
+    const T *s = row.student + first, *t = row.teacher + first;
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i)
+        gradient[i] = factor * slope_at(divergence, row.pair, row.exp, sums, value(s[i]), value(t[i]));
+}
+
+// Both at once, for a divergence whose map needs no sums; returns the block's loss.
+template <class T, class D, class F>
+double sum_and_map_block(D divergence, RowPair<T> row, int64_t first, int64_t count, F factor, F* gradient) {
+    const T *s = row.student + first, *t = row.teacher + first;
+    F loss = 0;
+#pragma omp simd reduction(+ : loss)
+    for (int64_t i = 0; i < count; ++i)
+        loss += term_and_slope_at(divergence, row.pair, row.exp, value(s[i]), value(t[i]), factor, gradient + i);
+    return double(loss);
+}
 
 // A row in another dtype than the loops', converted into `buffer`.
 template <class T>
@@ -199,6 +198,7 @@ void distill_rows(const DistillArgs& args, D divergence, double denominator, voi
     const double inverse_temperature = 1 / options.temperature;
     const double soft_weight = (1 - options.hard_weight) *
                                (options.temperature_squared ? options.temperature * options.temperature : 1);
+    const double far_loss = kFarLoss<double>;
     T* const scratch = reinterpret_cast<T*>(span.scratch);
 
     for (int64_t row = span.begin; row < span.end; ++row) {
@@ -213,8 +213,8 @@ void distill_rows(const DistillArgs& args, D divergence, double denominator, voi
         const T* const teacher = row_as(args.teacher, teacher_row, vocab, scratch + vocab);
         const Softmax<double> student_state = fold_row(student, vocab, inverse_temperature);
         const Softmax<double> teacher_state = fold_row(teacher, vocab, inverse_temperature);
-        const RowPair<T, D> pair{divergence, finish<F>(student_state, teacher_state, inverse_temperature),
-                                 ScaledExp<F>(inverse_temperature), student, teacher};
+        const RowPair<T> pair{finish<F>(student_state, teacher_state, inverse_temperature),
+                              ScaledExp<F>(inverse_temperature), student, teacher};
         const HardTerm<T> hard(args.tokens, options, row, student, student_state);
         if (out.entropy) put<F>(out.entropy, row, entropy(student, vocab, student_state, inverse_temperature));
         if (out.agreement)
@@ -225,8 +225,11 @@ void distill_rows(const DistillArgs& args, D divergence, double denominator, voi
         const bool map = out.gradient.data != nullptr;
         Sums<double> sums;
         if (D::kMapNeedsSums || !map)
-            for (int64_t first = 0; first < vocab; first += kBlock)
-                sums = sums + pair.sum_block(first, minimum(kBlock, vocab - first));
+            for (int64_t first = 0; first < vocab; first += kBlock) {
+                const int64_t count = minimum(kBlock, vocab - first);
+                sums = sums + (sums.loss > far_loss ? sum_block(divergence.far(), pair, first, count)
+                                                    : sum_block(divergence, pair, first, count));
+            }
 
         // Map
         if (map) {
@@ -236,10 +239,18 @@ void distill_rows(const DistillArgs& args, D divergence, double denominator, voi
             for (int64_t first = 0; first < vocab; first += kBlock) {
                 const int64_t count = minimum(kBlock, vocab - first);
                 F* const gradient = writer.block();
-                if (D::kMapNeedsSums || !row_loss)
-                    pair.map_block(first, count, Sums<F>{F(sums.loss), F(sums.aux)}, slope_factor, gradient);
-                else
-                    sums.loss += pair.sum_and_map_block(first, count, slope_factor, gradient);
+                const bool far = sums.loss > far_loss;
+                if (D::kMapNeedsSums) {
+                    const Sums<F> total = {F(sums.loss), F(sums.aux)};
+                    if (far)
+                        map_block(divergence.far(), pair, first, count, total, slope_factor, gradient);
+                    else
+                        map_block(divergence, pair, first, count, total, slope_factor, gradient);
+                } else if (far) {
+                    sums.loss += sum_and_map_block(divergence.far(), pair, first, count, slope_factor, gradient);
+                } else {
+                    sums.loss += sum_and_map_block(divergence, pair, first, count, slope_factor, gradient);
+                }
                 hard.add(gradient, student, first, count, factor);
                 writer.write(count);
             }

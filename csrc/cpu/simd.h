@@ -73,7 +73,7 @@ PYALIGN_HD ValueOf<T> max_of(const T* x, int64_t count) {
     return max;
 }
 
-// e^(x / T) for x / T <= 88: 2^(x c) with c = log2(e) / T, so that dividing by T costs nothing. To relative 1e-7, for a
+// e^(x / T) for x / T <= 88: 2^(x c) with c = log2(e) / T, so that dividing by T costs nothing. To relative 2e-7, for a
 // T that is itself off by less than a float's rounding. Below e^-87.33, where float turns subnormal, 0. NaN stays NaN.
 template <class F>
 class ScaledExp;
@@ -92,12 +92,11 @@ public:
         const float shifted = x * factor_ + kRound;
         const float n = shifted - kRound;
         const float r = x * factor_ - n;
-        float y = 1.5353258e-4f;
-        y = y * r + 1.3399003e-3f;
-        y = y * r + 9.6184386e-3f;
-        y = y * r + 5.5503322e-2f;
-        y = y * r + 2.4022648e-1f;
-        y = y * r + 6.9314720e-1f;
+        float y = 1.32645907e-3f;
+        y = y * r + 9.67161901e-3f;
+        y = y * r + 5.55073503e-2f;
+        y = y * r + 2.40222405e-1f;
+        y = y * r + 6.93146976e-1f;
         y = y * r + 1.0f;
         const uint32_t power = static_cast<uint32_t>(float_bits(shifted)) << 23;
         const float result = bits_float(static_cast<int32_t>(static_cast<uint32_t>(float_bits(y)) + power));
