@@ -109,9 +109,23 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype, k: int = 0) -> 
 
 def choose(device: torch.device, dtype: torch.dtype, k: int = 0) -> Choice:
     """The backend for these tensors, and why."""
-    forced, source = _forced.get(), "pyalign.backend"
+    return _decide(_forced.get(), os.environ.get("PYALIGN_BACKEND"), device.type, device.index, dtype, k)
+
+
+@torch.compiler.assume_constant_result
+def choose_name(device_type: str, device_index: int | None, dtype: torch.dtype, k: int = 0) -> str:
+    """``choose(...).backend``; while torch.compile traces, it is a constant of the graph."""
+    return _decide(_forced.get(), os.environ.get("PYALIGN_BACKEND"), device_type, device_index, dtype, k).backend
+
+
+@functools.cache
+def _decide(
+    forced: str | None, variable: str | None, device_type: str, device_index: int | None, dtype: torch.dtype, k: int
+) -> Choice:
+    device = torch.device(device_type, device_index)
+    source = "pyalign.backend"
     if forced is None:
-        forced, source = _known(os.environ.get("PYALIGN_BACKEND") or None, "PYALIGN_BACKEND"), "PYALIGN_BACKEND"
+        forced, source = _known(variable or None, "PYALIGN_BACKEND"), "PYALIGN_BACKEND"
     if forced is not None:
         why_not = refusal(forced, device, dtype, k)
         if why_not:
@@ -124,12 +138,6 @@ def choose(device: torch.device, dtype: torch.dtype, k: int = 0) -> Choice:
             return Choice(name, "; ".join([f"default on {device.type}", *reasons]))
         reasons.append(f"not {name}: {why_not}")
     return Choice("reference", "; ".join(reasons) or f"no kernels for {device.type}")
-
-
-@torch.compiler.assume_constant_result
-def choose_name(device_type: str, device_index: int | None, dtype: torch.dtype, k: int = 0) -> str:
-    """``choose(...).backend``; while torch.compile traces, it is a constant of the graph."""
-    return choose(torch.device(device_type, device_index), dtype, k).backend
 
 
 @functools.cache

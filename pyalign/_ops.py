@@ -39,8 +39,9 @@ def explain(op: str, device_type: str, dtype: torch.dtype = torch.float32) -> tu
     return choice.backend, choice.reason
 
 
-# Raw ops: (student, *teacher, *tokens, *options, want_loss, want_gradient, want_metrics, backend). What was not asked
-# for comes back empty. The variant with a trailing underscore writes the gradient over the student.
+# Raw ops: (student, *teacher, *tokens, *options, want_loss, want_gradient, want_metrics, backend). They return what was
+# asked for, of [loss, gradient, entropy, agreement]. The variant with a trailing underscore writes the gradient over
+# the student.
 
 
 class _Raw(NamedTuple):
@@ -58,38 +59,33 @@ class _Raw(NamedTuple):
             student, *teacher, tokens, options, gradient=gradient, want_loss=want_loss, want_metrics=want_metrics
         )
 
-    def functional(self, student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def functional(self, student: Tensor, *arguments: Any) -> list[Tensor]:
         *head, want_loss, want_gradient, want_metrics, backend = arguments
         gradient = torch.empty_like(student, memory_format=torch.contiguous_format) if want_gradient else None
         loss, *metrics = self.run(student, (*head, want_loss, want_metrics, backend), gradient)
-        empty = [student.new_empty(0) if x is None else x for x in (loss, gradient, *metrics)]
-        return empty[0], empty[1], empty[2], empty[3]
+        return [x for x in (loss, gradient, *metrics) if x is not None]
 
-    def in_place(self, student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def in_place(self, student: Tensor, *arguments: Any) -> list[Tensor]:
         *head, want_metrics, backend = arguments
-        loss, *metrics = self.run(student, (*head, True, want_metrics, backend), student)
-        assert loss is not None
-        empty = [student.new_empty(0) if x is None else x for x in metrics]
-        return loss, empty[0], empty[1]
+        results = self.run(student, (*head, True, want_metrics, backend), student)
+        return [x for x in results if x is not None]
 
-    def fake(self, student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def fake(self, student: Tensor, *arguments: Any) -> list[Tensor]:
         *head, want_loss, want_gradient, want_metrics, _ = arguments
         reduction = head[self.teacher_arguments + len(Tokens._fields) - 1]
         dtype, count = accumulation_dtype(student.dtype), student.shape[:-1].numel()
-        empty = student.new_empty(0)
-        loss = student.new_empty((count,) if reduction == "none" else (), dtype=dtype)
-        gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
-        return (
-            loss if want_loss else empty,
-            gradient if want_gradient else student.new_empty(0),
-            student.new_empty(count, dtype=dtype) if want_metrics else student.new_empty(0),
-            student.new_empty(count, dtype=torch.bool) if want_metrics else student.new_empty(0),
-        )
+        results: list[Tensor] = []
+        if want_loss:
+            results.append(student.new_empty((count,) if reduction == "none" else (), dtype=dtype))
+        if want_gradient:
+            results.append(torch.empty_like(student, memory_format=torch.contiguous_format))
+        if want_metrics:
+            results += [student.new_empty(count, dtype=dtype), student.new_empty(count, dtype=torch.bool)]
+        return results
 
-    def fake_in_place(self, student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def fake_in_place(self, student: Tensor, *arguments: Any) -> list[Tensor]:
         *head, want_metrics, backend = arguments
-        loss, _, entropy, agreement = self.fake(student, *head, True, False, want_metrics, backend)
-        return loss, entropy, agreement
+        return self.fake(student, *head, True, False, want_metrics, backend)
 
 
 def _define(signature: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -105,13 +101,12 @@ def _define_loss(name: str, teacher: str) -> _Raw:
     inputs = f"{teacher}, {_TOKENS}, {_OPTIONS}"
     _define(
         f"{name}(Tensor student, {inputs}, bool want_loss, bool want_gradient, bool want_metrics, str backend)"
-        " -> (Tensor loss, Tensor gradient, Tensor entropy, Tensor agreement)",
+        " -> Tensor[]",
         raw.functional,
         raw.fake,
     )
     _define(
-        f"{name}_(Tensor(a!) student, {inputs}, bool want_metrics, str backend)"
-        " -> (Tensor loss, Tensor entropy, Tensor agreement)",
+        f"{name}_(Tensor(a!) student, {inputs}, bool want_metrics, str backend) -> Tensor[]",
         raw.in_place,
         raw.fake_in_place,
     )
@@ -155,11 +150,11 @@ class Call(NamedTuple):
     def stores_gradient(self, student: Tensor) -> bool:
         return self.reduction != "none" and student.dtype != torch.float16
 
-    def forward(self, student: Tensor, want_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, student: Tensor, want_gradient: bool) -> list[Tensor]:
         op = getattr(torch.ops.pyalign, self.raw.name)
         return op(student, *self.arguments, True, want_gradient, self.want_metrics, self.backend)
 
-    def forward_in_place(self, student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_in_place(self, student: Tensor) -> list[Tensor]:
         op = getattr(torch.ops.pyalign, self.raw.name + "_")
         return op(student, *self.arguments, self.want_metrics, self.backend)
 
@@ -169,7 +164,7 @@ class Call(NamedTuple):
         upstream = upstream.to(accumulation_dtype(student.dtype)).contiguous()  # autograd expands a sum's
         arguments = (*self.arguments[:at], upstream, *self.arguments[at + 1 :])
         op = getattr(torch.ops.pyalign, self.raw.name)
-        return op(student, *arguments, False, True, False, self.backend)[1]
+        return op(student, *arguments, False, True, False, self.backend)[0]
 
     def tensors(self) -> list[Tensor]:
         return [x for x in self.arguments if isinstance(x, Tensor)]
@@ -196,23 +191,26 @@ class _FirstOrderOnly(torch.autograd.Function):
 
 
 class _Loss(torch.autograd.Function):
-    """(loss, entropy, agreement), differentiable in the student. The classic form: half the overhead of the other."""
+    """(loss, *metrics), differentiable in the student. The classic form: half the overhead of the other."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, call: Call, in_place: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, student: Tensor, call: Call, in_place: bool) -> Any:
         ctx.call, ctx.in_place, ctx.gradient = call, in_place, None
         if in_place:
-            loss, entropy, agreement = call.forward_in_place(student)
+            loss, *metrics = call.forward_in_place(student)
             increment_version(student)
             ctx.gradient = student.detach()
         else:
             stored = call.stores_gradient(student)
-            loss, gradient, entropy, agreement = call.forward(student, stored)
-            ctx.gradient = gradient if stored else None
+            loss, *metrics = call.forward(student, stored)
+            if stored:
+                ctx.gradient, *metrics = metrics
             ctx.save_for_backward(student, *call.tensors())
-        ctx.mark_non_differentiable(entropy, agreement)
         ctx.set_materialize_grads(False)
-        return loss, entropy, agreement
+        if not metrics:
+            return loss
+        ctx.mark_non_differentiable(*metrics)
+        return loss, *metrics
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, None, None]:
@@ -236,27 +234,27 @@ class _Loss(torch.autograd.Function):
 
 
 class _LossTraced(torch.autograd.Function):
-    """The same for torch.compile and torch.func: no state beside the saved tensors, nothing scaled in place."""
+    """(loss, *gradient if stored, *metrics) for torch.compile and torch.func: no state but the saved tensors."""
 
     @staticmethod
-    def forward(student: Tensor, call: Call, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return call.with_tensors(tensors).forward(student, call.stores_gradient(student))
+    def forward(student: Tensor, call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(call.with_tensors(tensors).forward(student, call.stores_gradient(student)))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         student, call, *tensors = inputs
-        _, gradient, entropy, agreement = output
-        ctx.call = call._replace(arguments=tuple(None if isinstance(x, Tensor) else x for x in call.arguments))
         ctx.places = tuple(i for i, x in enumerate(call.arguments) if isinstance(x, Tensor))
-        ctx.mark_non_differentiable(gradient, entropy, agreement)
-        ctx.save_for_backward(student, gradient, *tensors)
+        ctx.call = call._replace(arguments=tuple(None if isinstance(x, Tensor) else x for x in call.arguments))
+        ctx.mark_non_differentiable(*output[1:])
+        stored = output[1:2] if call.stores_gradient(student) else ()
+        ctx.save_for_backward(student, *tensors, *stored)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        student, gradient, *tensors = ctx.saved_tensors
+        student, *tensors = ctx.saved_tensors
         call: Call = ctx.call
         if call.stores_gradient(student):
-            gradient = gradient * upstream.to(gradient.dtype)
+            gradient = tensors.pop() * upstream.to(student.dtype)
         else:
             arguments = list(call.arguments)
             for place, tensor in zip(ctx.places, tensors, strict=True):
@@ -283,13 +281,13 @@ def loss(call: Call, student: Tensor, in_place: bool) -> Results:
             " other than float16, whose gradients are computed in the backward pass"
         )
     if not needs_gradient:
-        value, _, entropy, agreement = call.forward(student.detach(), False)
+        value, *metrics = call.forward(student.detach(), False)
     elif torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         if in_place:
             raise ValueError("inplace: not available under torch.compile and torch.func")
-        value, _, entropy, agreement = _LossTraced.apply(student, call, *call.tensors())
+        value, *metrics = _LossTraced.apply(student, call, *call.tensors())
+        metrics = metrics[call.stores_gradient(student) :]
     else:
-        value, entropy, agreement = _Loss.apply(student, call, in_place)
-    if not call.want_metrics:
-        return Results(value, None, None)
-    return Results(value, entropy, agreement)
+        results = _Loss.apply(student, call, in_place)
+        value, *metrics = results if call.want_metrics else (results,)
+    return Results(value, *metrics) if call.want_metrics else Results(value, None, None)

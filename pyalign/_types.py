@@ -67,8 +67,12 @@ def rows(x: Tensor) -> Rows:
     """View ``x`` (..., V) as rows; ``x`` is copied once if its last stride is not 1 or its leading
     dimensions need more than two strides, as ``logits[:, :-1]`` does not.
     """
+    if x.is_contiguous():
+        width = x.shape[-1]
+        count = x.numel() // width if width else x.shape[:-1].numel()
+        return Rows(x, count, max(count, 1), 0, width)
     if x.shape[-1] > 1 and x.stride(-1) != 1:
-        x = x.contiguous()
+        return rows(x.contiguous())
     collapsed: list[tuple[int, int]] = []  # (size, stride) of leading dimensions, adjacent ones joined
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
         if size == 1:
