@@ -93,10 +93,7 @@ def main() -> int:
     figures = json.loads((out / "report.json").read_text(encoding="utf-8"))
     before, after = figures["kl_before"], figures["kl_after"]
     print(f"demo: held-out KL to the prompted model {before:.3f} -> {after:.3f} nats per token")
-    print(
-        f"demo: {time.perf_counter() - begin:.0f} s; {out / 'report.md'}, {out / 'curve.png'}, "
-        f"{out / 'train/model'}"
-    )
+    print(f"demo: {time.perf_counter() - begin:.0f} s; {out / 'report.md'}, {out / 'curve.png'}, {out / 'train/model'}")
     if after > 0.5 * before:
         print("demo: FAILED: it should have been halved at least", file=sys.stderr)
         return 1

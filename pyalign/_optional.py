@@ -17,7 +17,6 @@ def require(module: str, *, extra: str = "cli") -> Any:
         if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
             raise
         raise ModuleNotFoundError(
-            f"{error.name} is not installed; it comes with the extra '{extra}': pip install "
-            f"'pyalign[{extra}]'",
+            f"{error.name} is not installed; it comes with the extra '{extra}': pip install 'pyalign[{extra}]'",
             name=error.name,
         ) from error

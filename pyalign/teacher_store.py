@@ -137,9 +137,7 @@ class Manifest:
 def identity_differences(stored: Identity, given: Identity) -> list[str]:
     result: list[str] = []
     if stored.vocab_size != given.vocab_size:
-        result.append(
-            f"its vocabulary has {stored.vocab_size} entries, this model's logits have {given.vocab_size}"
-        )
+        result.append(f"its vocabulary has {stored.vocab_size} entries, this model's logits have {given.vocab_size}")
     if stored.tokenizer != given.tokenizer:
         result.append(f"its tokenizer is {stored.tokenizer[:12]}, this model's is {given.tokenizer[:12]}")
     if stored.model != given.model:
@@ -245,8 +243,7 @@ class TeacherStore:
         path = self.directory / "manifest.json"
         if not path.exists():
             raise StoreError(
-                f"{self.directory} holds no teacher store (no manifest.json); `pyalign distill collect` "
-                "makes one"
+                f"{self.directory} holds no teacher store (no manifest.json); `pyalign distill collect` makes one"
             )
         self.manifest = Manifest.from_json(path.read_text(encoding="utf-8"), path)
         count = self.manifest.num_shards
@@ -260,9 +257,7 @@ class TeacherStore:
         self._shards = [self._open(s) for s in range(count)]
         offsets = [shard.get_tensor("offsets").numpy() for shard in self._shards]
         self._offsets = offsets
-        self.lengths = np.concatenate(
-            [np.diff(o) for o in offsets]
-        )  # (num_sequences,) tokens of each sequence
+        self.lengths = np.concatenate([np.diff(o) for o in offsets])  # (num_sequences,) tokens of each sequence
         self.held_out = np.concatenate([shard.get_tensor("held_out").numpy() for shard in self._shards])
         if (len(self.lengths), int(self.lengths.sum())) != (
             self.manifest.num_sequences,
@@ -278,9 +273,7 @@ class TeacherStore:
         path = shard_path(self.directory, shard)
         try:
             file = require("safetensors").safe_open(path, framework="pt")
-        except (
-            Exception
-        ) as error:  # safetensors has its own error type, and OSError for a file too short to map
+        except Exception as error:  # safetensors has its own error type, and OSError for a file too short to map
             if isinstance(error, ModuleNotFoundError):
                 raise
             raise StoreError(
@@ -288,9 +281,7 @@ class TeacherStore:
             ) from error
         metadata = file.metadata() or {}
         if metadata.get("pyalign") != _shard_tag(self.manifest, shard):
-            raise StoreError(
-                f"{path} belongs to another store; delete it and collect again, which rewrites it alone"
-            )
+            raise StoreError(f"{path} belongs to another store; delete it and collect again, which rewrites it alone")
         return file
 
     def require_match(self, identity: Identity) -> None:

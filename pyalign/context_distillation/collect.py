@@ -113,9 +113,7 @@ def collect(
     longest = prompt_tokens + max(len(s.tokens) for s in sequences)
     limit = getattr(lm.model.config, "max_position_embeddings", None)
     if limit is not None and longest > limit:
-        raise JobError(
-            f"chunk_length: prompt and text are {longest} tokens together; the model reads at most {limit}"
-        )
+        raise JobError(f"chunk_length: prompt and text are {longest} tokens together; the model reads at most {limit}")
 
     held_out = [s for s in sequences if s.held_out]
     manifest = Manifest(
@@ -184,9 +182,7 @@ def _shard_rows(
             teacher_rows = topk_rows(lm, features, settings.k, settings.temperature)
         if teacher_rows.logprobs.isnan().any():
             raise JobError("the prompted model gives NaN log-probs; another --dtype (float32) may help")
-        pieces = [
-            t.split(lengths) for t in (teacher_rows.logprobs, teacher_rows.indices, _residual(teacher_rows))
-        ]
+        pieces = [t.split(lengths) for t in (teacher_rows.logprobs, teacher_rows.indices, _residual(teacher_rows))]
         for b, i in enumerate(batch):
             topk = TopKLogprobs(pieces[0][b], pieces[1][b], pieces[2][b], settings.temperature)
             result[i] = SequenceRows(torch.from_numpy(sequences[i].tokens), topk, sequences[i].held_out)

@@ -20,9 +20,7 @@ from pyalign.teacher_store import Identity
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt")
 _MIB = 1 << 20
-_PROBE = (
-    "Human: What's 12 + 7?\n\nAssistant: It's 19, na\u00efve \u6570 \U0001f642.\n\tdef f(x):  return x**2\n"
-)
+_PROBE = "Human: What's 12 + 7?\n\nAssistant: It's 19, na\u00efve \u6570 \U0001f642.\n\tdef f(x):  return x**2\n"
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -149,8 +147,7 @@ def _locate(path: Path, gguf_file: str | None) -> tuple[Path, str | None]:
         return path.parent, path.name
     if not path.is_dir():
         raise JobError(
-            f"model: {path} is neither a directory nor a .gguf file; wanted a local model (nothing is "
-            "downloaded)"
+            f"model: {path} is neither a directory nor a .gguf file; wanted a local model (nothing is downloaded)"
         )
     if gguf_file is not None:
         if not (path / gguf_file).is_file():
@@ -160,9 +157,7 @@ def _locate(path: Path, gguf_file: str | None) -> tuple[Path, str | None]:
         return path, None
     found = sorted(p.name for p in path.glob("*.gguf"))
     if len(found) != 1:
-        which = (
-            f"several GGUF files ({', '.join(found)}): name one with --gguf-file" if found else "no GGUF file"
-        )
+        which = f"several GGUF files ({', '.join(found)}): name one with --gguf-file" if found else "no GGUF file"
         raise JobError(f"model: {path} holds no config.json and {which}")
     return path, found[0]
 

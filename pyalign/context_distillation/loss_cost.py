@@ -26,9 +26,7 @@ class LossCost(NamedTuple):
     """Of one call and its gradient with respect to the logits."""
 
     seconds: float  # median
-    peak_bytes: (
-        int | None
-    )  # above the logits and the teacher's rows, the gradient included; None: not measurable here
+    peak_bytes: int | None  # above the logits and the teacher's rows, the gradient included; None: not measurable here
     loss: float
 
 
@@ -45,9 +43,7 @@ def torch_topk_loss(logits: Tensor, teacher: TopKLogprobs) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
-def measure(
-    implementation: str, rows: int, vocab: int, k: int, dtype: torch.dtype, device: torch.device
-) -> LossCost:
+def measure(implementation: str, rows: int, vocab: int, k: int, dtype: torch.dtype, device: torch.device) -> LossCost:
     """Measure in this process. On a CPU the peak is that of the resident set, on a GPU that of torch's
     allocator.
     """
@@ -89,9 +85,7 @@ def measure_apart(
     return LossCost(*json.loads(result.stdout.splitlines()[-1]))
 
 
-def _inputs(
-    rows: int, vocab: int, k: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, TopKLogprobs]:
+def _inputs(rows: int, vocab: int, k: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, TopKLogprobs]:
     generator = torch.Generator(device).manual_seed(0)
     logits = torch.empty(rows, vocab, dtype=dtype, device=device).normal_(0.0, 3.0, generator=generator)
     # The teacher's rows from a part at a time: its own logits would raise the peak before the loss runs.
@@ -100,9 +94,7 @@ def _inputs(
         noise = torch.empty_like(part, dtype=torch.float32).normal_(generator=generator)
         parts.append(topk_logprobs(part + noise, k))
     residual = torch.cat([p.residual for p in parts if p.residual is not None])
-    teacher = TopKLogprobs(
-        torch.cat([p.logprobs for p in parts]), torch.cat([p.indices for p in parts]), residual
-    )
+    teacher = TopKLogprobs(torch.cat([p.logprobs for p in parts]), torch.cat([p.indices for p in parts]), residual)
     return logits.requires_grad_(), teacher
 
 

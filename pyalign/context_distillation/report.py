@@ -88,8 +88,7 @@ def report(
     train_directory, directory = Path(train_directory), Path(directory)
     if not (train_directory / "model").exists():
         raise JobError(
-            f"{train_directory} holds no trained model; `pyalign distill train` makes it, or goes on making "
-            "it"
+            f"{train_directory} holds no trained model; `pyalign distill train` makes it, or goes on making it"
         )
     with exclusive(directory):
         log = read_log(train_directory / "train.jsonl")
@@ -163,9 +162,7 @@ def _draw(log: list[dict[str, Any]], k: int, path: Path) -> None:
     figure = require("matplotlib.figure").Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     steps = [e for e in log if e["event"] == "step"]
-    axes.plot(
-        [e["step"] for e in steps], [e["loss"] for e in steps], color="#9ab", lw=1.2, label="training loss"
-    )
+    axes.plot([e["step"] for e in steps], [e["loss"] for e in steps], color="#9ab", lw=1.2, label="training loss")
     kls = held_out_kls(log)
     axes.plot(
         [s for s, _ in kls],
@@ -181,9 +178,7 @@ def _draw(log: list[dict[str, Any]], k: int, path: Path) -> None:
         figure.savefig(temporary, format="png")
 
 
-def _markdown(
-    figures: Figures, store: TeacherStore, lm: CausalLM, described: dict[str, Any], steps: int
-) -> str:
+def _markdown(figures: Figures, store: TeacherStore, lm: CausalLM, described: dict[str, Any], steps: int) -> str:
     manifest, exact = store.manifest, figures.exact
     parts = [
         "# Context distillation",
@@ -241,9 +236,7 @@ def _run_rows(store: TeacherStore, lm: CausalLM, described: dict[str, Any], step
     held_out = manifest.num_held_out_sequences, manifest.num_held_out_tokens
     sequences, tokens = manifest.num_sequences - held_out[0], manifest.num_tokens - held_out[1]
     last = settings["last_layers"]
-    trained = (
-        "all parameters" if last is None else f"the last {last} of {len(lm.layers())} layers, the final norm"
-    )
+    trained = "all parameters" if last is None else f"the last {last} of {len(lm.layers())} layers, the final norm"
     schedule = (
         f"{steps} steps of {settings['batch_size']} sequences, {settings['epochs']} epoch(s), learning rate "
         f"{settings['learning_rate']:g} falling linearly to 0"
@@ -269,9 +262,7 @@ def _run_rows(store: TeacherStore, lm: CausalLM, described: dict[str, Any], step
 def _speed_rows(figures: Figures) -> list[list[str]]:
     collected = "no log"
     if figures.collect_tokens_per_second is not None:
-        collected = (
-            f"{figures.collect_tokens_per_second:.0f} tokens per second ({figures.collect_seconds:.0f} s)"
-        )
+        collected = f"{figures.collect_tokens_per_second:.0f} tokens per second ({figures.collect_seconds:.0f} s)"
     return [
         ["collect", collected],
         ["train", f"{figures.train_tokens_per_second:.0f} tokens per second ({figures.train_seconds:.0f} s)"],

@@ -81,9 +81,7 @@ def _record(row: Any, where: str) -> Record:
             return Record(fields["text"], None, group)
         if isinstance(fields.get("question"), str) and isinstance(fields.get("answer"), str):
             return Record(fields["answer"], fields["question"], group)
-    raise JobError(
-        f'text: {where}: wanted {{"text": str}} or {{"question": str, "answer": str}}, got {row!r:.80}'
-    )
+    raise JobError(f'text: {where}: wanted {{"text": str}} or {{"question": str, "answer": str}}, got {row!r:.80}')
 
 
 def is_held_out(key: str, fraction: float, seed: int) -> bool:
@@ -120,9 +118,7 @@ def make_sequences(
     if not 0.0 < held_out_fraction < 1.0:
         raise JobError(f"held_out: got {held_out_fraction}; wanted a fraction between 0 and 1")
     if max_sequences is not None and max_sequences < 2:
-        raise JobError(
-            f"max_sequences: got {max_sequences}; wanted at least 2, one to train on and one held out"
-        )
+        raise JobError(f"max_sequences: got {max_sequences}; wanted at least 2, one to train on and one held out")
 
     documents: list[TokenSequence] = []
     dialogues: list[TokenSequence] = []

@@ -99,8 +99,7 @@ class MasterWeights:
 
     def __init__(self, parameters: dict[str, nn.Parameter]):
         self._pairs = [
-            (p, p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()))
-            for p in parameters.values()
+            (p, p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())) for p in parameters.values()
         ]
         self.by_name: dict[str, Tensor] = {n: m for n, (_, m) in zip(parameters, self._pairs, strict=True)}
 
@@ -225,13 +224,9 @@ def train(
     directory = Path(directory)
     with exclusive(directory):
         description = _description(store, settings, lm)
-        log_path, checkpoint, model_path = (
-            directory / n for n in ("train.jsonl", "checkpoint.safetensors", "model")
-        )
+        log_path, checkpoint, model_path = (directory / n for n in ("train.jsonl", "checkpoint.safetensors", "model"))
         if model_path.exists():
-            _check_same(
-                json.loads((directory / "train.json").read_text(encoding="utf-8")), description, directory
-            )
+            _check_same(json.loads((directory / "train.json").read_text(encoding="utf-8")), description, directory)
             kls = held_out_kls(read_log(log_path))
             return TrainResult(directory, kls[0][1], kls[-1][1])
         if checkpoint.exists():
@@ -240,9 +235,7 @@ def train(
         torch.manual_seed(settings.seed)
         parameters = select_parameters(lm, settings.last_layers)
         masters = MasterWeights(parameters)
-        optimizer = torch.optim.AdamW(
-            masters.masters, lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
+        optimizer = torch.optim.AdamW(masters.masters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         step = 0
         resumed = checkpoint.exists()
         if resumed:
@@ -316,9 +309,7 @@ def train(
         return TrainResult(directory, kls[0][1], kls[-1][1])
 
 
-def _accumulate(
-    lm: CausalLM, batch: TeacherBatch, tokens: int, settings: TrainSettings, watch: Stopwatch
-) -> Tensor:
+def _accumulate(lm: CausalLM, batch: TeacherBatch, tokens: int, settings: TrainSettings, watch: Stopwatch) -> Tensor:
     """Add one micro-batch's gradient; returns its share of the step's mean loss.
 
     The graph is cut at the logits (T, V), so that the loss and its gradient are timed apart from the model.
