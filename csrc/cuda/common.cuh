@@ -1,10 +1,10 @@
 // What the kernels share: 16-byte vectors of rows that start anywhere, states merged over warps and blocks in a fixed
 // order, and launches that are checked.
 //
-// Rows have any element alignment (V is odd, strides are free), and student, teacher and gradient may each have another.
-// Vectors follow the row that is written, so that its stores are whole; the other rows are read as aligned vectors too,
-// and two neighbours make one that isn't aligned. No byte outside a row is read: the few elements before and after the
-// vectors are one thread's each.
+// Rows have any element alignment (V is odd, strides are free), and student, teacher and gradient may each have
+// another. Vectors follow the row that is written, so that its stores are whole; the other rows are read as aligned
+// vectors too, and two neighbours make one that isn't aligned. No byte outside a row is read: the few elements before
+// and after the vectors are one thread's each.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -129,8 +129,8 @@ struct Split {
     }
 };
 
-// Vectors start where `lead`, the misalignment of the row that is written, says. Rows of other alignments (`together` is
-// false) are read one vector further on both sides.
+// Vectors start where `lead`, the misalignment of the row that is written, says. Rows of other alignments (`together`
+// is false) are read one vector further on both sides.
 template <class T>
 __device__ __forceinline__ Split split_row(int size, int lead, bool together) {
     constexpr int kWidth = kLanes<T>;
@@ -260,8 +260,8 @@ __device__ __forceinline__ float exp2_fast(float x) {
 }
 
 // exp((x - max) / T) in two instructions, where the formula as it stands takes eleven, and they bound the kernels:
-// 2^(x c - origin) with c = log2(e) / T and origin = max c. The product x c isn't rounded; what was rounded off origin is
-// a factor common to the whole row, and `correction` takes it back, once.
+// 2^(x c - origin) with c = log2(e) / T and origin = max c. The product x c isn't rounded; what was rounded off origin
+// is a factor common to the whole row, and `correction` takes it back, once.
 struct Exponential {
     float c, origin;
 
@@ -272,15 +272,18 @@ struct Exponential {
     __device__ __forceinline__ float correction(float max) const { return exp2_fast(__fmaf_rn(max, -c, origin)); }
 };
 
-// One thread's Softmax state while it folds, N logits at once: one rescaling for all. max drops NaN, but the sum keeps it.
+// One thread's Softmax state while it folds, N logits at once: one rescaling for all. max drops NaN, but the sum keeps
+// it.
 struct Folding {
     float max = Softmax<float>{}.max, sum = 0;  // of Exponential(max)
 
     template <int N>
     __device__ __forceinline__ void fold(const float (&x)[N], float inverse_temperature) {
         const Exponential before(max, inverse_temperature);
+        float largest[2] = {max, max};  // two chains: half the latency
 #pragma unroll
-        for (int i = 0; i < N; ++i) max = fmaxf(max, x[i]);
+        for (int i = 0; i < N; ++i) largest[i % 2] = fmaxf(largest[i % 2], x[i]);
+        max = fmaxf(largest[0], largest[1]);
         const Exponential now(max, inverse_temperature);
         float sums[2] = {sum * exp2_fast(before.origin - now.origin), 0.f};
 #pragma unroll

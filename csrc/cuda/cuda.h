@@ -1,8 +1,8 @@
-// The CUDA engines: what bindings.cpp calls. Everything runs on `stream` of the current device; nothing is allocated, and
-// the host never waits. They throw std::invalid_argument for a bad argument and CudaError for a call that failed.
+// The CUDA engines: what bindings.cpp calls. Everything runs on `stream` of the current device; nothing is allocated,
+// and the host never waits. They throw std::invalid_argument for a bad argument and CudaError for a call that failed.
 //
-// Both logits operands have one dtype: float32, bfloat16 or float16. Everything else that is not an index is float32. An
-// out-of-range or repeated index makes its row NaN, and nothing is read through it.
+// Both logits operands have one dtype: float32, bfloat16 or float16. Everything else that is not an index is float32.
+// An out-of-range or repeated index makes its row NaN, and nothing is read through it.
 #pragma once
 
 #include <cuda_runtime.h>

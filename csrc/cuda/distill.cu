@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kMostThreads) distill_rows(const DistillParams
             write_lossless<T>(p, row, token.kind, threadIdx.x, blockDim.x);
             continue;
         }
-        const T* const student = row_pointer<const T>(p.student, row);                  // [vocab]
+        const T* const student = row_pointer<const T>(p.student, row);                 // [vocab]
         const T* const teacher = row_pointer<const T>(params.teacher, token.teacher);  // [vocab]
         const T* const written = p.gradient.data ? row_pointer<const T>(p.gradient, row) : student;
         const float target_logit = token.target < 0 ? 0.f : widen(student[token.target]);
@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(kMostThreads) distill_rows(const DistillParams
 template <class T, class D>
 void launch_rows(const DistillParams& params, cudaStream_t stream) {
     const LossParams& p = params.loss;
-    const RowPlan plan = plan_rows(current_device(), 2, p.vocab, sizeof(T), {1, kMostThreads}, kFixedBytes, p.tokens.count);
+    const RowPlan plan =
+        plan_rows(current_device(), 2, p.vocab, sizeof(T), {1, kMostThreads}, kFixedBytes, p.tokens.count);
     check(launch({plan.blocks, plan.threads, plan.shared, stream}, distill_rows<T, D>, params, plan.kept),
           "distill_rows");
 }

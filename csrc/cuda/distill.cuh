@@ -1,5 +1,5 @@
-// One row pair of the dense distillation losses, in whatever way it is held: by one block that reads it again from shared
-// memory and L2 (distill.cu), or by a thread-block cluster that has all of it on chip (distill_sm90.cu).
+// One row pair of the dense distillation losses, in whatever way it is held: by one block that reads it again from
+// shared memory and L2 (distill.cu), or by a thread-block cluster that has all of it on chip (distill_sm90.cu).
 //
 //   fold   both rows into Softmax states, merged over all threads that hold a part of the row;
 //   sum    the divergence's terms; where its slope needs no sums, the gradient is written in the same pass;
@@ -41,11 +41,14 @@ struct Points {
 
     __device__ __forceinline__ Points(const Folded& row, float inverse_temperature)
         : pair(finish<float>(row.student, row.teacher, inverse_temperature)),
-          student(row.student.max, inverse_temperature), teacher(row.teacher.max, inverse_temperature) {
+          student(row.student.max, inverse_temperature),
+          teacher(row.teacher.max, inverse_temperature) {
         pair.student_scale *= student.correction(row.student.max);
         pair.teacher_scale *= teacher.correction(row.teacher.max);
     }
-    __device__ __forceinline__ Point<float> at(float s, float t) const { return pair.with(student(s), teacher(t), s, t); }
+    __device__ __forceinline__ Point<float> at(float s, float t) const {
+        return pair.with(student(s), teacher(t), s, t);
+    }
 };
 
 struct Note {

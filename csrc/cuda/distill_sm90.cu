@@ -1,10 +1,10 @@
-// Dense distillation on GPUs with thread-block clusters (Hopper and later): loss and gradient for one read of each row and
-// one write of the gradient.
+// Dense distillation on GPUs with thread-block clusters (Hopper and later): loss and gradient for one read of each row
+// and one write of the gradient.
 //
-// A cluster holds a row pair in the shared memory of its blocks, each a slice of both rows. The bulk copy engine fills the
-// slices and reports to an mbarrier; while one row is at work, the next is on its way into the other stage. States are
-// merged by writing them into every block of the cluster and one cluster barrier. The grid is persistent: as many clusters
-// as fit the device, each takes every n-th row.
+// A cluster holds a row pair in the shared memory of its blocks, each a slice of both rows. The bulk copy engine fills
+// the slices and reports to an mbarrier; while one row is at work, the next is on its way into the other stage. States
+// are merged by writing them into every block of the cluster and one cluster barrier. The grid is persistent: as many
+// clusters as fit the device, each takes every n-th row.
 //
 // The copy engine wants addresses and sizes of whole 16 bytes, so it gets the vectors (common.cuh) and the few elements
 // around them are read as in the general kernel.
@@ -135,8 +135,8 @@ struct ClusterTeam {
 
 template <class T>
 struct ClusterPart {
-    const T* rows[2];     // [vocab] student, teacher
-    const uint4* stage;   // [2, capacity], shared
+    const T* rows[2];    // [vocab] student, teacher
+    const uint4* stage;  // [2, capacity], shared
     int capacity;
     Slice slice;
     ClusterTeam& team;
@@ -217,7 +217,8 @@ __device__ __forceinline__ void request_row(const DistillParams& params, int64_t
     barrier_expect(arrived, bytes[0] + bytes[1]);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const char* const from = reinterpret_cast<const char*>(Vectors<T>(rows[r] + slice.split.head).aligned + slice.start);
+        const char* const from =
+            reinterpret_cast<const char*>(Vectors<T>(rows[r] + slice.split.head).aligned + slice.start);
         char* const to = reinterpret_cast<char*>(stage + r * capacity);
         for (uint32_t done = 0; done < bytes[r]; done += kCopyBytes)
             copy_bulk(to + done, from + done, min(bytes[r] - done, uint32_t(kCopyBytes)), arrived);
@@ -245,7 +246,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
                            &shared->arrived[stage]);
     };
     if (threadIdx.x == 0) {
-        for (int stage = 0; stage < stages; ++stage) barrier_init(&shared->arrived[stage], 1);
+        for (uint64_t& barrier : shared->arrived) barrier_init(&barrier, 1);
         fence_barrier_init();
     }
     cluster.sync();  // nobody may write into a block that has not started
@@ -260,11 +261,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
         if (token.kind != Token::kCounted) {
             write_lossless<T>(p, row, token.kind, team.rank * kThreads + int(threadIdx.x), team.size * kThreads);
         } else {
-            const T* const student = row_pointer<const T>(p.student, row);                  // [vocab]
+            const T* const student = row_pointer<const T>(p.student, row);                 // [vocab]
             const T* const teacher = row_pointer<const T>(params.teacher, token.teacher);  // [vocab]
             const Slice slice =
                 slice_row(student, teacher, written_row(p, row, student), p.vocab, team.rank, team.size);
-            ClusterPart<T> part{{student, teacher}, vectors + stage * 2 * capacity, capacity, slice, team, &shared->note};
+            ClusterPart<T> part{{student, teacher}, vectors + stage * 2 * capacity, capacity, slice, team,
+                                &shared->note};
             distill_row<T, D>(params, row, token, shared->headers[stage].target_logit, part);
         }
         __syncthreads();  // everybody is done with the stage
@@ -310,8 +312,8 @@ int64_t active_clusters(Kernel kernel, int cluster, size_t shared) {
     return clusters;
 }
 
-// Best are two blocks on a multiprocessor, each with a row at work and one on its way; the smallest such cluster, because
-// barriers cost more the more blocks they join. Longer rows do without the one or the other.
+// Best are two blocks on a multiprocessor, each with a row at work and one on its way; the smallest such cluster,
+// because barriers cost more the more blocks they join. Longer rows do without the one or the other.
 ClusterPlan make_plan(const Device& device, Kernel kernel, int64_t vocab, int size) {
     struct Wish {
         int blocks, stages;
@@ -362,8 +364,8 @@ bool distill_cluster(const DistillParams& params, Dtype dtype, cudaStream_t stre
         const ClusterPlan plan = plan_clusters(current_device(), kernel, p.vocab, sizeof(T));
         if (plan.cluster == 0) return;
         const int64_t clusters = plan.clusters < p.tokens.count ? plan.clusters : p.tokens.count;
-        check(launch({clusters * plan.cluster, kThreads, plan.shared, stream, plan.cluster}, kernel, params, plan.stages,
-                     plan.capacity),
+        check(launch({clusters * plan.cluster, kThreads, plan.shared, stream, plan.cluster}, kernel, params,
+                     plan.stages, plan.capacity),
               "distill_clusters");
         launched = true;
     });

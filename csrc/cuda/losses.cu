@@ -1,8 +1,8 @@
-// Before and after the row kernels: the count of tokens that a mean divides by, and the sum of the rows' losses. Both add
-// in a fixed order, so the same input gives the same bits.
-#include "cuda/losses.cuh"
-
+// Before and after the row kernels: the count of tokens that a mean divides by, and the sum of the rows' losses. Both
+// add in a fixed order, so the same input gives the same bits.
 #include <stdexcept>
+
+#include "cuda/losses.cuh"
 
 namespace pyalign::cuda {
 namespace {
@@ -30,8 +30,8 @@ __global__ void __launch_bounds__(kMostThreads) count_tokens(const Tokens tokens
     if (threadIdx.x == 0) *denominator = static_cast<float>(counted);
 }
 
-// Block b adds losses[b * chunk], [b * chunk + stride], ... of its chunk. `partial` goes back to the chunk's first place,
-// which no other block reads; `last` divides and writes the result.
+// Block b adds losses[b * chunk], [b * chunk + stride], ... of its chunk. `partial` goes back to the chunk's first
+// place, which no other block reads; `last` divides and writes the result.
 __global__ void __launch_bounds__(kMostThreads)
     sum_losses(float* losses /* [count] */, int64_t count, int64_t chunk, int64_t stride, float* result /* [1] */,
                const float* denominator /* [1] or null */, float known_denominator) {

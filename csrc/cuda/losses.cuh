@@ -8,21 +8,21 @@ namespace pyalign::cuda {
 
 struct LossParams {
     Tokens tokens;
-    Rows student;      // [count, vocab]
-    Rows gradient;     // [count, width], or data is null
+    Rows student;   // [count, vocab]
+    Rows gradient;  // [count, width], or data is null
     int64_t width;
     int vocab;
     float inverse_temperature;
-    float soft_weight;         // (1 - h), times T^2 if asked for: of the divergence in the loss
-    float slope_weight;        // soft_weight / T: of its slope in the gradient
-    float hard_weight;         // h
+    float soft_weight;   // (1 - h), times T^2 if asked for: of the divergence in the loss
+    float slope_weight;  // soft_weight / T: of its slope in the gradient
+    float hard_weight;   // h
     float beta;
     Divergence divergence;
     const float* denominator;  // [1], or null: known_denominator
     float known_denominator;
-    float* row_loss;           // [count], or null
-    float* entropy;            // [count], or null
-    uint8_t* agreement;        // [count], or null
+    float* row_loss;     // [count], or null
+    float* entropy;      // [count], or null
+    uint8_t* agreement;  // [count], or null
 
     __host__ __device__ bool wants_metrics() const { return entropy || agreement; }
 };
@@ -40,10 +40,10 @@ enum class Token : int { kUncounted, kCounted, kInvalid };
 
 struct TokenRow {
     Token kind;
-    int target;          // -1: no hard term
-    int64_t teacher;     // the row of the teacher
-    float weight;        // of the loss
-    float factor;        // d result / d loss of the row
+    int target;       // -1: no hard term
+    int64_t teacher;  // the row of the teacher
+    float weight;     // of the loss
+    float factor;     // d result / d loss of the row
 };
 
 __device__ __forceinline__ bool is_counted(const Tokens& tokens, int64_t row) {
@@ -101,7 +101,9 @@ struct HardTerm {
     float factor, scaled;  // factor * softmax = scaled * exponential
 
     __device__ __forceinline__ HardTerm(const LossParams& p, const TokenRow& token, Softmax<float> state)
-        : target(token.target), exponential(state.max, 1.f), factor(token.factor * p.hard_weight),
+        : target(token.target),
+          exponential(state.max, 1.f),
+          factor(token.factor * p.hard_weight),
           scaled(factor / state.sum * exponential.correction(state.max)) {}
 
     // Adds it to the gradients of the elements from `element` on.
@@ -128,7 +130,9 @@ struct Entropy {
     float max, scale, log_sum, inverse_temperature;
 
     __device__ __forceinline__ Entropy(Softmax<float> state, float inverse_temperature)
-        : max(state.max), scale(1.f / state.sum), log_sum(log_positive(state.sum)),
+        : max(state.max),
+          scale(1.f / state.sum),
+          log_sum(log_positive(state.sum)),
           inverse_temperature(inverse_temperature) {}
 
     __device__ __forceinline__ float term(float logit) const {
@@ -137,8 +141,8 @@ struct Entropy {
     }
 };
 
-// The lowest index that holds the row's largest entry, given the lowest that was found equal to the state's max. In a row
-// of -inf all are equal; one with NaN has none.
+// The lowest index that holds the row's largest entry, given the lowest that was found equal to the state's max. In a
+// row of -inf all are equal; one with NaN has none.
 __device__ __forceinline__ int settle_top(int found, Softmax<float> state) {
     const bool has_nan = state.sum != state.sum && !isinf(state.max);
     return has_nan ? -1 : found == kNowhere ? 0 : found;

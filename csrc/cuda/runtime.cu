@@ -56,8 +56,7 @@ RowPlan plan_rows(const Device& device, int rows, int64_t vocab, int element_siz
     const int64_t vectors = vocab * element_size / 16 + 1;
     RowPlan plan{};
     plan.threads = 64;
-    while (plan.threads < threads.most &&
-           (plan.threads < threads.least || plan.threads * kVectorsPerThread < vectors))
+    while (plan.threads < threads.most && (plan.threads < threads.least || plan.threads * kVectorsPerThread < vectors))
         plan.threads *= 2;
 
     int64_t kept = 0, room = 0;

@@ -1,5 +1,5 @@
-// x *= factor: the backward pass of a loss whose gradient the forward pass has stored. The factor is read on the device,
-// and where it is 1, as it is after loss.backward(), nothing else is read or written.
+// x *= factor: the backward pass of a loss whose gradient the forward pass has stored. The factor is read on the
+// device, and where it is 1, as it is after loss.backward(), nothing else is read or written.
 #include <algorithm>
 
 #include "cuda/common.cuh"
@@ -8,7 +8,8 @@ namespace pyalign::cuda {
 namespace {
 
 template <class T>
-__global__ void __launch_bounds__(256) scale_elements(T* x /* [count] */, int64_t count, const float* factor /* [1] */) {
+__global__ void __launch_bounds__(256)
+    scale_elements(T* x /* [count] */, int64_t count, const float* factor /* [1] */) {
     constexpr int kWidth = kLanes<T>;
     const float by = *factor;
     if (by == 1.f) return;

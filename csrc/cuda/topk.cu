@@ -1,10 +1,12 @@
 // The k largest log-probs of every row and the log of the mass outside them, for one read of the row from memory.
 //
-//   1. Each thread notes its largest logit. The k-th largest of these is a threshold that at least k logits reach, and few
+//   1. Each thread notes its largest logit. The k-th largest of these is a threshold that at least k logits reach, and
+//   few
 //      more: every thread saw a different part of the row.
-//   2. The row again, from shared memory and L2: what reaches the threshold becomes a candidate, everything else is folded
-//      into the rest. If there are too many candidates (equal logits, k near the row's length), the threshold is raised by
-//      bisection until they fit, which always ends: keys hold the index, so no two are equal.
+//   2. The row again, from shared memory and L2: what reaches the threshold becomes a candidate, everything else is
+//   folded
+//      into the rest. If there are too many candidates (equal logits, k near the row's length), the threshold is raised
+//      by bisection until they fit, which always ends: keys hold the index, so no two are equal.
 //   3. Candidates are ranked by counting the larger ones. Those past the k-th are folded into the rest as well.
 //
 // So the rest is a log-sum-exp over the rest, and nothing is subtracted from 1.
@@ -66,7 +68,9 @@ __device__ __forceinline__ Key bisect(Key low, Key high, int least, int most, Co
 
 struct RestMerger {
     float inverse_temperature;
-    __device__ __forceinline__ Softmax<float> warp(Softmax<float> x) const { return warp_merge(x, inverse_temperature); }
+    __device__ __forceinline__ Softmax<float> warp(Softmax<float> x) const {
+        return warp_merge(x, inverse_temperature);
+    }
 };
 
 struct CandidateStates {
@@ -105,7 +109,8 @@ struct alignas(16) Shared {
 template <class T>
 __global__ void __launch_bounds__(kMostThreads)
     topk_rows(const Rows logits /* [count, vocab] */, int64_t count, int vocab, int k, float inverse_temperature,
-              float* logprobs /* [count, k] */, int64_t* indices /* [count, k] */, float* residual /* [count] */, int kept) {
+              float* logprobs /* [count, k] */, int64_t* indices /* [count, k] */, float* residual /* [count] */,
+              int kept) {
     extern __shared__ uint4 memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     uint4* const cache = memory + sizeof(Shared) / sizeof(uint4);  // [kept]
@@ -222,8 +227,9 @@ __global__ void __launch_bounds__(kMostThreads)
 void topk(const TopKArgs& args, cudaStream_t stream) {
     element_size(args.logits.dtype, "topk");
     if (args.k < 1 || args.k > kMostK || args.k > args.vocab)
-        throw std::invalid_argument("k: got " + std::to_string(args.k) + "; wanted 1 <= k <= " + std::to_string(kMostK) +
-                                    " and at most the vocabulary's " + std::to_string(args.vocab));
+        throw std::invalid_argument("k: got " + std::to_string(args.k) +
+                                    "; wanted 1 <= k <= " + std::to_string(kMostK) + " and at most the vocabulary's " +
+                                    std::to_string(args.vocab));
     if (args.vocab > 1 << 30)
         throw std::invalid_argument("vocab: got " + std::to_string(args.vocab) + "; wanted at most 2^30");
     if (args.count == 0) return;

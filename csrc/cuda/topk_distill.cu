@@ -1,12 +1,14 @@
 // Distillation from a teacher's k entries per row, and all the rest as one more category ("bucket"), as no category
 // ("renormalize"), or left out of a bare sum ("drop"): loss and gradient with respect to every logit.
 //
-//   1. A bitmap in shared memory marks the entries' places: the student's rest is a log-sum-exp over what is not marked.
+//   1. A bitmap in shared memory marks the entries' places: the student's rest is a log-sum-exp over what is not
+//   marked.
 //   2. The row is read once, folding the rest; the entries' own logits are gathered. Together they are the categories,
 //      which go through the same divergences as the entries of a dense row.
-//   3. The map reads the row again from shared memory and L2, and writes what is not marked: the slope of the rest times
-//      exp(s - its log-sum-exp). The entries' slopes are written by the threads that hold them. Nobody reads what another
-//      writes, so the gradient may overwrite the student.
+//   3. The map reads the row again from shared memory and L2, and writes what is not marked: the slope of the rest
+//   times
+//      exp(s - its log-sum-exp). The entries' slopes are written by the threads that hold them. Nobody reads what
+//      another writes, so the gradient may overwrite the student.
 #include "cuda/losses.cuh"
 
 namespace pyalign::cuda {
@@ -90,7 +92,8 @@ struct StatesMerger {
     }
 };
 
-// The student's and the teacher's log-probabilities over the categories. Max and sum stay apart (csrc/common/distill.h).
+// The student's and the teacher's log-probabilities over the categories. Max and sum stay apart
+// (csrc/common/distill.h).
 struct Categories {
     float student_max, student_log_sum, teacher_max, teacher_log_sum, inverse_temperature;
 
@@ -139,7 +142,7 @@ __global__ void __launch_bounds__(kMostThreads) topk_distill_rows(const TopKPara
             write_lossless<T>(p, row, token.kind, thread, threads);
             continue;
         }
-        const T* const student = row_pointer<const T>(p.student, row);                         // [vocab]
+        const T* const student = row_pointer<const T>(p.student, row);                    // [vocab]
         T* const gradient = p.gradient.data ? row_pointer<T>(p.gradient, row) : nullptr;  // [width]
         const T* const written = gradient ? gradient : student;
         BlockRows<T, 1> part({student}, p.vocab, misalignment(written), shared.edges, cache, kept);
@@ -227,9 +230,9 @@ __global__ void __launch_bounds__(kMostThreads) topk_distill_rows(const TopKPara
         }
 
         // Sum over the categories; `drop` sums the terms as they are, and its flow
-        Point<float> outside{exp_nonpositive((residual - teacher_state.max) - categories.teacher_log_sum), 0.f, -INFINITY};
-        if (states.rest.sum != 0.f)
-            outside = categories.at(states.rest.max, log_positive(states.rest.sum), residual);
+        Point<float> outside{exp_nonpositive((residual - teacher_state.max) - categories.teacher_log_sum), 0.f,
+                             -INFINITY};
+        if (states.rest.sum != 0.f) outside = categories.at(states.rest.max, log_positive(states.rest.sum), residual);
         Sums<float> sums;
         with_divergence(p, [&](const auto& divergence) {
             entries.each([&](int64_t place, int64_t index) {
@@ -253,7 +256,8 @@ __global__ void __launch_bounds__(kMostThreads) topk_distill_rows(const TopKPara
                 entries.each([&](int64_t place, int64_t index) {
                     const float logit[1] = {widen(student[index])};
                     const Point<float> at = categories.at(logit[0], 0.f, entries.logprob(place));
-                    const float slope = tail == Tail::kDrop ? divergence.flow(at) - at.q * sums.aux : divergence.slope(at, sums);
+                    const float slope =
+                        tail == Tail::kDrop ? divergence.flow(at) - at.q * sums.aux : divergence.slope(at, sums);
                     float value[1] = {slope_factor == 0.f ? 0.f : slope_factor * slope};
                     if (has_target) hard.add(value, int(index), logit);
                     store(gradient + index, value);
@@ -269,8 +273,7 @@ __global__ void __launch_bounds__(kMostThreads) topk_distill_rows(const TopKPara
                 constexpr int kCount = sizeof(x[0]) / sizeof(float);
                 float values[kCount];
 #pragma unroll
-                for (int i = 0; i < kCount; ++i)
-                    values[i] = scale == 0.f ? 0.f : scale * exponential(x[0][i]);
+                for (int i = 0; i < kCount; ++i) values[i] = scale == 0.f ? 0.f : scale * exponential(x[0][i]);
                 if (has_target) hard.add(values, element, x[0]);
                 const uint32_t marked = bitmap.of<kCount>(element);
                 if (!marked) {
@@ -303,8 +306,8 @@ void topk_distill(const TopKDistillArgs& args, cudaStream_t stream) {
     const Device& device = current_device();
     const int64_t fixed = int64_t(sizeof(Shared)) + Bitmap::words_for(args.options.vocab) * 4;
     if (fixed > device.shared_per_block)
-        throw std::invalid_argument("vocab: got " + std::to_string(args.options.vocab) + "; this GPU's shared memory marks " +
-                                    "the entries of at most " +
+        throw std::invalid_argument("vocab: got " + std::to_string(args.options.vocab) +
+                                    "; this GPU's shared memory marks " + "the entries of at most " +
                                     std::to_string((device.shared_per_block - int64_t(sizeof(Shared)) - 32) * 8));
     if (args.tokens.count > 0) {
         with_type(args.student.dtype, [&](auto type) {
