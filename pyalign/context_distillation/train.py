@@ -225,7 +225,9 @@ def train(
     with exclusive(directory):
         description = _description(store, settings, lm)
         log_path, checkpoint, model_path = (directory / n for n in ("train.jsonl", "checkpoint.safetensors", "model"))
+        plan = _plan(store, settings)
         if model_path.exists():
+            on_start(len(plan), len(plan))
             _check_same(json.loads((directory / "train.json").read_text(encoding="utf-8")), description, directory)
             kls = held_out_kls(read_log(log_path))
             return TrainResult(directory, kls[0][1], kls[-1][1])
@@ -242,7 +244,6 @@ def train(
             step = load_checkpoint(checkpoint, masters.by_name, optimizer)
             masters.publish()
         log = TrainLog(log_path, step if resumed else None)
-        plan = _plan(store, settings)
         held_out = store.split(held_out=True)
         on_start(step, len(plan))
 
