@@ -48,28 +48,33 @@ Tokens tokens(const py::tuple& t) {
 
 // (gradient rows, width, loss, row_loss, denominator, entropy, agreement)
 Outputs outputs(const py::tuple& t) {
-    return {rows(t[0]), t[1].cast<int64_t>(), pointer<void>(t[2]), pointer<void>(t[3]),
-            pointer<void>(t[4]), pointer<void>(t[5]), pointer<uint8_t>(t[6])};
+    return {rows(t[0]),          t[1].cast<int64_t>(), pointer<void>(t[2]),   pointer<void>(t[3]),
+            pointer<void>(t[4]), pointer<void>(t[5]),  pointer<uint8_t>(t[6])};
 }
 
 // (vocab, divergence, beta, temperature, temperature_squared, hard_weight)
 DistillOptions options(const py::tuple& t) {
-    return {t[0].cast<int64_t>(), static_cast<Divergence>(t[1].cast<int>()), t[2].cast<double>(), t[3].cast<double>(),
-            t[4].cast<bool>(), t[5].cast<double>()};
+    return {t[0].cast<int64_t>(), static_cast<Divergence>(t[1].cast<int>()),
+            t[2].cast<double>(),  t[3].cast<double>(),
+            t[4].cast<bool>(),    t[5].cast<double>()};
 }
 
 // (k, logprobs, indices, residual, dtype, wide_indices)
 TopK top_k(const py::tuple& t) {
-    return {t[0].cast<int64_t>(), pointer<const void>(t[1]), pointer<const void>(t[2]), pointer<const void>(t[3]),
-            static_cast<Dtype>(t[4].cast<int>()), t[5].cast<bool>()};
+    return {t[0].cast<int64_t>(),
+            pointer<const void>(t[1]),
+            pointer<const void>(t[2]),
+            pointer<const void>(t[3]),
+            static_cast<Dtype>(t[4].cast<int>()),
+            t[5].cast<bool>()};
 }
 
 // The same functions over either engine; `Execution` is a thread count or a stream.
 template <class Execution, class Distill, class TopKDistill, class TopKFunction, class Scale>
 void register_distill(py::module_& m, Distill distill, TopKDistill topk_distill, TopKFunction topk, Scale scale) {
     const auto execution = [](uintptr_t x) { return (Execution)x; };
-    m.def("distill", [=](const py::tuple& student, const py::tuple& teacher, const py::tuple& token, const py::tuple& out,
-                         const py::tuple& option, uintptr_t on) {
+    m.def("distill", [=](const py::tuple& student, const py::tuple& teacher, const py::tuple& token,
+                         const py::tuple& out, const py::tuple& option, uintptr_t on) {
         const DistillArgs args{rows(student), rows(teacher), tokens(token), outputs(out), options(option)};
         py::gil_scoped_release release;
         distill(args, execution(on));
@@ -83,8 +88,14 @@ void register_distill(py::module_& m, Distill distill, TopKDistill topk_distill,
     });
     m.def("topk", [=](const py::tuple& logits, int64_t count, int64_t vocab, int64_t k, double temperature,
                       uintptr_t logprobs, uintptr_t indices, uintptr_t residual, uintptr_t on) {
-        const TopKArgs args{rows(logits), count, vocab, k, temperature, reinterpret_cast<void*>(logprobs),
-                            reinterpret_cast<int64_t*>(indices), reinterpret_cast<void*>(residual)};
+        const TopKArgs args{rows(logits),
+                            count,
+                            vocab,
+                            k,
+                            temperature,
+                            reinterpret_cast<void*>(logprobs),
+                            reinterpret_cast<int64_t*>(indices),
+                            reinterpret_cast<void*>(residual)};
         py::gil_scoped_release release;
         topk(args, execution(on));
     });
@@ -110,7 +121,11 @@ void register_cuda(py::module_ m) {
 py::dict build_info() {
     py::dict info;
     info["version"] = PYALIGN_VERSION;
+#if defined(__clang__)
     info["compiler"] = __VERSION__;
+#else
+    info["compiler"] = "g++ " __VERSION__;
+#endif
 #if defined(_OPENMP)
     info["openmp"] = true;
 #else

@@ -11,7 +11,7 @@ import contextvars
 import functools
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("pyalign_ba
 
 
 @contextlib.contextmanager
-def backend(name: str | None) -> Iterator[None]:
+def backend(name: str | None) -> Generator[None]:
     """Force a backend for the ops called in this context (of this thread or task); None restores the default.
 
     A forced backend that can't serve a call raises a ``RuntimeError`` that says why.
@@ -122,7 +122,7 @@ def choose_name(device_type: str, device_index: int | None, dtype: torch.dtype, 
 def _decide(
     forced: str | None, variable: str | None, device_type: str, device_index: int | None, dtype: torch.dtype, k: int
 ) -> Choice:
-    device = torch.device(device_type, device_index)
+    device = torch.device(device_type) if device_index is None else torch.device(device_type, device_index)
     source = "pyalign.backend"
     if forced is None:
         forced, source = _known(variable or None, "PYALIGN_BACKEND"), "PYALIGN_BACKEND"

@@ -112,6 +112,4 @@ def tokens(
             refuse("num_items", repr(num_items), "an int >= 0 or a 0-dim tensor")
         else:
             num_items = torch.full((), num_items, dtype=dtype, device=student.device)
-    return Tokens(
-        mask, labels, teacher_rows, weight, targets, num_items, None, ignore_index, reduction
-    )
+    return Tokens(mask, labels, teacher_rows, weight, targets, num_items, None, ignore_index, reduction)

@@ -44,7 +44,7 @@ def explain(op: str, device_type: str, dtype: torch.dtype = torch.float32) -> tu
 # the student.
 
 
-class _Raw(NamedTuple):
+class RawLoss(NamedTuple):
     """One loss as raw ops: the engine function's name, and how many arguments describe the teacher."""
 
     name: str
@@ -96,8 +96,8 @@ def _define(signature: str, implementation: Callable[..., Any], fake: Callable[.
     torch.library.register_fake(f"pyalign::{name}", fake, lib=_library)
 
 
-def _define_loss(name: str, teacher: str) -> _Raw:
-    raw = _Raw(name, teacher.count(",") + 1)
+def _define_loss(name: str, teacher: str) -> RawLoss:
+    raw = RawLoss(name, teacher.count(",") + 1)
     inputs = f"{teacher}, {_TOKENS}, {_OPTIONS}"
     _define(
         f"{name}(Tensor student, {inputs}, bool want_loss, bool want_gradient, bool want_metrics, str backend)"
@@ -134,14 +134,18 @@ def _scale(x: Tensor, factor: Tensor, backend: str) -> None:
     engine(backend).scale(x, factor.to(accumulation_dtype(x.dtype)))
 
 
+def _scale_fake(x: Tensor, factor: Tensor, backend: str) -> None:
+    pass
+
+
 _define("topk(Tensor logits, int k, float temperature, str backend) -> (Tensor, Tensor, Tensor)", _topk, _topk_fake)
-_define("scale_(Tensor(a!) x, Tensor factor, str backend) -> ()", _scale, lambda x, factor, backend: None)
+_define("scale_(Tensor(a!) x, Tensor factor, str backend) -> ()", _scale, _scale_fake)
 
 
 class Call(NamedTuple):
     """A loss, ready to run on a student: ``arguments`` are those of the raw op up to the options."""
 
-    raw: _Raw
+    raw: RawLoss
     arguments: tuple[Any, ...]
     reduction: str
     want_metrics: bool
@@ -179,8 +183,12 @@ class _FirstOrderOnly(torch.autograd.Function):
     """The identity on a gradient whose own derivative raises, instead of silently leaving a term out."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, student: Tensor, upstream: Tensor) -> Tensor:
+    def forward(gradient: Tensor, student: Tensor, upstream: Tensor) -> Tensor:
         return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
@@ -263,6 +271,10 @@ class _LossTraced(torch.autograd.Function):
         return (_FirstOrderOnly.apply(gradient, student, upstream), None, *(None for _ in tensors))
 
 
+def _functorch_is_active() -> bool:
+    return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]  # torch offers no other way
+
+
 def loss(call: Call, student: Tensor, in_place: bool) -> Results:
     """Runs a loss, with a graph if the student needs one."""
     needs_gradient = torch.is_grad_enabled() and student.requires_grad
@@ -282,7 +294,7 @@ def loss(call: Call, student: Tensor, in_place: bool) -> Results:
         )
     if not needs_gradient:
         value, *metrics = call.forward(student.detach(), False)
-    elif torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    elif torch.compiler.is_compiling() or _functorch_is_active():
         if in_place:
             raise ValueError("inplace: not available under torch.compile and torch.func")
         value, *metrics = _LossTraced.apply(student, call, *call.tensors())

@@ -80,7 +80,7 @@ def _no_process_group(process_group: object) -> None:
 
 
 def _run(
-    raw: _ops._Raw, student: Tensor, teacher: tuple[Any, ...], tokens: Tokens, options: Options,
+    raw: _ops.RawLoss, student: Tensor, teacher: tuple[Any, ...], tokens: Tokens, options: Options,
     inplace: bool, return_metrics: bool,
 ) -> Any:  # fmt: skip
     """Dispatches a loss to its backend and gives the results their shapes."""
@@ -91,16 +91,15 @@ def _run(
         function = getattr(_reference, raw.name)
         results: Results = function(student, *teacher, tokens, options, want_metrics=return_metrics)
     else:
-        call = _ops.Call(
-            raw, (*teacher, *tokens, *options), tokens.reduction, return_metrics, backend
-        )
+        call = _ops.Call(raw, (*teacher, *tokens, *options), tokens.reduction, return_metrics, backend)
         results = _ops.loss(call, student, inplace)
     shape = student.shape[:-1]
     assert results.loss is not None
     loss = results.loss if tokens.reduction != "none" or len(shape) == 1 else results.loss.view(shape)
     if not return_metrics:
         return loss
-    assert results.entropy is not None and results.agreement is not None
+    assert results.entropy is not None
+    assert results.agreement is not None
     return loss, DistillationMetrics(results.entropy.view(shape), results.agreement.view(shape))
 
 
@@ -112,7 +111,7 @@ def distillation_loss(
 def distillation_loss(
     student_logits: Tensor, teacher_logits: Tensor, *, return_metrics: Literal[True], **options: Any
 ) -> tuple[Tensor, DistillationMetrics]: ...
-def distillation_loss(
+def distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **options stands for the list below
     student_logits: Tensor,
     teacher_logits: Tensor,
     *,
@@ -242,9 +241,8 @@ def _check_teacher(teacher: TopKLogprobs, student: Tensor, by_row: bool) -> None
     if indices.dtype not in (torch.int32, torch.int64):
         _checks.refuse("teacher.indices", indices.dtype, "int32 or int64", TypeError)
     if indices.shape != logprobs.shape or indices.shape[-1] == 0:
-        _checks.refuse(
-            "teacher.indices", f"shape {tuple(indices.shape)}", f"that of teacher.logprobs, {tuple(logprobs.shape)}, k > 0"
-        )
+        wanted = f"that of teacher.logprobs, {tuple(logprobs.shape)}, with k > 0"
+        _checks.refuse("teacher.indices", f"shape {tuple(indices.shape)}", wanted)
     if not by_row and logprobs.shape[:-1] != student.shape[:-1]:
         _checks.refuse(
             "teacher.logprobs",
@@ -268,7 +266,7 @@ def topk_distillation_loss(
 def topk_distillation_loss(
     student_logits: Tensor, teacher: TopKLogprobs, *, return_metrics: Literal[True], **options: Any
 ) -> tuple[Tensor, DistillationMetrics]: ...
-def topk_distillation_loss(
+def topk_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **options stands for the list below
     student_logits: Tensor,
     teacher: TopKLogprobs,
     *,

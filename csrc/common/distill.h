@@ -62,7 +62,8 @@ struct Pair {
                     exp_nonpositive((teacher - teacher_max) * inverse_temperature), student, teacher);
     }
 
-    // The same from e^((s - student_max) / T) and e^((t - teacher_max) / T), for engines with an exponential of their own.
+    // The same from e^((s - student_max) / T) and e^((t - teacher_max) / T), for engines with an exponential of their
+    // own.
     PYALIGN_HD Point<F> with(F student_exp, F teacher_exp, F student, F teacher) const {
         return {teacher_exp * teacher_scale, student_exp * student_scale,
                 ((student - student_origin) - (teacher - teacher_origin)) * inverse_temperature - log_ratio};
@@ -70,7 +71,8 @@ struct Pair {
 };
 
 // Max and sum stay apart: the difference of two log-sum-exps would carry the rounding of the logits' level. Where the
-// two rows lie on one level, s - t is subtracted first and is nearly exact; where they don't, each row's max goes first.
+// two rows lie on one level, s - t is subtracted first and is nearly exact; where they don't, each row's max goes
+// first.
 template <class F, class A>
 PYALIGN_HD Pair<F> finish(Softmax<A> student, Softmax<A> teacher, A inverse_temperature) {
     const A ratio = log_positive(student.sum / teacher.sum);

@@ -1,4 +1,5 @@
-// The arguments of the distillation engines: one struct per op, filled by bindings.cpp, read by the CPU and CUDA engines.
+// The arguments of the distillation engines: one struct per op, filled by bindings.cpp, read by the CPU and CUDA
+// engines.
 #pragma once
 
 #include <cstdint>
@@ -28,21 +29,22 @@ struct Tokens {
     const void* weight = nullptr;           // [count], accumulation dtype (float; double for float64 logits)
     const int64_t* targets = nullptr;       // [count], for hard_weight > 0; ignore_index means no hard term
     int64_t ignore_index = -100;
-    int64_t teacher_count = 0;              // rows that the teacher has
+    int64_t teacher_count = 0;  // rows that the teacher has
     Reduction reduction = Reduction::kMean;
-    const void* num_items = nullptr;        // [1] accumulation dtype, replaces the count as the denominator of kMean
-    const void* upstream = nullptr;         // gradient of the result: [1], or [count] for kNone; null means 1
+    const void* num_items = nullptr;  // [1] accumulation dtype, replaces the count as the denominator of kMean
+    const void* upstream = nullptr;   // gradient of the result: [1], or [count] for kNone; null means 1
 };
 
 // Outputs are in accumulation dtype, except for the gradient, and are skipped where null. Uncounted tokens get 0.
 struct Outputs {
-    Rows gradient;              // [count, width]; may be the student itself
-    int64_t width = 0;          // columns of a gradient row; those past the vocabulary are set to zero
-    void* loss = nullptr;       // [1], or [count] for kNone
-    void* row_loss = nullptr;   // [count] workspace for kSum and kMean
+    Rows gradient;                // [count, width]; may be the student itself
+    int64_t width = 0;            // columns of a gradient row; those past the vocabulary are set to zero
+    void* loss = nullptr;         // [1], or [count] for kNone
+    void* row_loss = nullptr;     // [count] workspace for kSum and kMean
     void* denominator = nullptr;  // [1] workspace: what kMean divides by
-    void* entropy = nullptr;    // [count] entropy of the student's softmax(logits / T)
-    uint8_t* agreement = nullptr;  // [count] whether student and teacher have the same most likely entry (first of equals)
+    void* entropy = nullptr;      // [count] entropy of the student's softmax(logits / T)
+    uint8_t* agreement =
+        nullptr;  // [count] whether student and teacher have the same most likely entry (first of equals)
 };
 
 struct DistillOptions {
@@ -69,7 +71,7 @@ struct TopK {
     const void* indices = nullptr;   // [teacher_count, k], int32 or int64
     const void* residual = nullptr;  // [teacher_count], dtype; null: log(1 - sum of the entries)
     Dtype dtype = Dtype::kFloat32;
-    bool wide_indices = true;        // int64
+    bool wide_indices = true;  // int64
 };
 
 struct TopKDistillArgs {

@@ -5,7 +5,9 @@
 
 PYALIGN_BEGIN
 
-PYALIGN_HD float bfloat16_to_float(uint16_t x) { return bits_float(static_cast<int32_t>(static_cast<uint32_t>(x) << 16)); }
+PYALIGN_HD float bfloat16_to_float(uint16_t x) {
+    return bits_float(static_cast<int32_t>(static_cast<uint32_t>(x) << 16));
+}
 
 PYALIGN_HD uint16_t float_to_bfloat16(float x) {
     const uint32_t bits = static_cast<uint32_t>(float_bits(x));

@@ -49,7 +49,8 @@ PYALIGN_HD float exp_nonpositive(float x) {
     y = y * r + 1.6666521e-1f;
     y = y * r + 4.9999994e-1f;
     y = y * (r * r) + r + 1.0f;
-    const float scaled = bits_float(float_bits(y) + static_cast<int32_t>(static_cast<uint32_t>(float_bits(shifted)) << 23));
+    const float scaled =
+        bits_float(float_bits(y) + static_cast<int32_t>(static_cast<uint32_t>(float_bits(shifted)) << 23));
     return x < kLowest ? 0.0f : scaled;
 #endif
 }
@@ -77,7 +78,9 @@ PYALIGN_HD float log_positive(float x) {
     y = y * r + 3.3333331174e-1f;
     const float r2 = r * r;
     const float result = ((y * r * r2 - n * 2.12194440e-4f) - 0.5f * r2) + r + n * 0.693359375f;
-    return x > 0.0f ? result : x == 0.0f ? -std::numeric_limits<float>::infinity() : x * std::numeric_limits<float>::quiet_NaN();
+    return x > 0.0f    ? result
+           : x == 0.0f ? -std::numeric_limits<float>::infinity()
+                       : x * std::numeric_limits<float>::quiet_NaN();
 #endif
 }
 

@@ -14,8 +14,8 @@
 #if !defined(PYALIGN_ISA)
 #define PYALIGN_ISA generic
 #endif
-#define PYALIGN_BEGIN    \
-    namespace pyalign {  \
+#define PYALIGN_BEGIN   \
+    namespace pyalign { \
     inline namespace PYALIGN_ISA {
 #define PYALIGN_END \
     }               \

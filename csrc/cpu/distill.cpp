@@ -179,7 +179,9 @@ void check_entries(const TopKDistillArgs& args) {
     }
 }
 
-size_t entries_scratch(int64_t k) { return (sizeof(Entry) + sizeof(double)) * static_cast<size_t>(k); }
+size_t entries_scratch(int64_t entries, int64_t members) {
+    return sizeof(Entry) * static_cast<size_t>(entries) + sizeof(double) * static_cast<size_t>(members);
+}
 
 // ---- Losses ----
 
@@ -208,7 +210,8 @@ void reduce(const Outputs& out, int64_t count, double denominator) {
 void use_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
     const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), begin = reinterpret_cast<uintptr_t>(data);
-    const uintptr_t first = (begin + page - 1) / page * page, end = (begin + static_cast<uintptr_t>(bytes)) / page * page;
+    const uintptr_t first = (begin + page - 1) / page * page,
+                    end = (begin + static_cast<uintptr_t>(bytes)) / page * page;
     madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // a refusal costs speed alone
 #endif
 }
@@ -273,24 +276,22 @@ void distill(const DistillArgs& args, int threads) {
 void topk_distill(const TopKDistillArgs& args, int threads) {
     check_tokens(args.tokens, args.options);
     check_entries(args);
-    run_loss(args, kernels().topk_distill, entries_scratch(args.teacher.k), threads);
+    run_loss(args, kernels().topk_distill, entries_scratch(args.teacher.k, args.teacher.k), threads);
 }
 
 void topk(const TopKArgs& args, int threads) {
     const int64_t grain = grain_of(args.count, args.vocab, threads);
-    parallel(args.count, grain, args.vocab, entries_scratch(args.k), threads,
-             [&](int64_t begin, int64_t end, std::byte* memory) {
-                 kernels().topk(args, Span{begin, end, memory, false});
-             });
+    parallel(
+        args.count, grain, args.vocab, entries_scratch(kCandidatesPerEntry * args.k, args.k), threads,
+        [&](int64_t begin, int64_t end, std::byte* memory) { kernels().topk(args, Span{begin, end, memory, false}); });
 }
 
 void scale(void* x, Dtype dtype, int64_t count, const void* factor, int threads) {
     const double value = read(factor, dtype);
     if (value == 1) return;
     constexpr int64_t kGrain = 65536;
-    parallel(count, kGrain, 1, 0, threads, [&](int64_t begin, int64_t end, std::byte*) {
-        kernels().scale(x, dtype, begin, end, value);
-    });
+    parallel(count, kGrain, 1, 0, threads,
+             [&](int64_t begin, int64_t end, std::byte*) { kernels().scale(x, dtype, begin, end, value); });
 }
 
 }  // namespace pyalign::cpu

@@ -1,5 +1,5 @@
-// Distillation losses on the CPU, one row of logits at a time. A row is read from memory once, by the fold; the sums and
-// the map find it in the cache and take its exponentials again, which is cheaper than the room to keep them.
+// Distillation losses on the CPU, one row of logits at a time. A row is read from memory once, by the fold; the sums
+// and the map find it in the cache and take its exponentials again, which is cheaper than the room to keep them.
 #include "cpu/simd.h"
 
 PYALIGN_BEGIN
@@ -50,7 +50,8 @@ struct HardTerm {
     F max = 0, scale = 0;
     ScaledExp<F> exp{1.0};
 
-    HardTerm(const Tokens& tokens, const DistillOptions& options, int64_t row, const T* student, Softmax<double> state) {
+    HardTerm(const Tokens& tokens, const DistillOptions& options, int64_t row, const T* student,
+             Softmax<double> state) {
         if (options.hard_weight == 0 || tokens.targets[row] == tokens.ignore_index) return;
         weight = options.hard_weight;
         target = tokens.targets[row];
@@ -109,11 +110,11 @@ int64_t first_equal(const T* x, int64_t vocab, double wanted) {
 
 // ---- Dense: a divergence between two rows ----
 
-// The bodies of the loops below. They stand outside: a struct that lives inside a simd loop goes to memory, lane by lane.
+// The bodies of the loops below. They stand outside: a struct that lives inside a simd loop goes to memory, lane by
+// lane.
 template <class F, class D>
 PYALIGN_HD F term_at(D divergence, Pair<F> pair, ScaledExp<F> exp, F s, F t, F* aux) {
-    const Sums<F> term =
-        divergence.term(pair.with(exp(s - pair.student_max), exp(t - pair.teacher_max), s, t));
+    const Sums<F> term = divergence.term(pair.with(exp(s - pair.student_max), exp(t - pair.teacher_max), s, t));
     *aux = term.aux;
     return term.loss;
 }
@@ -196,8 +197,8 @@ void distill_rows(const DistillArgs& args, D divergence, double denominator, voi
     const Outputs& out = args.out;
     const int64_t vocab = options.vocab;
     const double inverse_temperature = 1 / options.temperature;
-    const double soft_weight = (1 - options.hard_weight) *
-                               (options.temperature_squared ? options.temperature * options.temperature : 1);
+    const double soft_weight =
+        (1 - options.hard_weight) * (options.temperature_squared ? options.temperature * options.temperature : 1);
     const double far_loss = kFarLoss<double>;
     T* const scratch = reinterpret_cast<T*>(span.scratch);
 
@@ -336,8 +337,7 @@ Categories categorize(const D& divergence, Tail tail, const TopK& teacher, int64
     if (tail != Tail::kRenormalize) student = merge(student, rest, inverse_temperature);
     const double log_student = log_positive(student.sum);
 
-    const double residual =
-        tail == Tail::kBucket ? cpu::residual_of(teacher, teacher_row, entries, count) : -kInfinity;
+    const double residual = tail == Tail::kBucket ? cpu::residual_of(teacher, teacher_row, entries, count) : -kInfinity;
     double log_teacher = 0;
     if (tail != Tail::kDrop) {
         // Stored log-probs are rounded: the categories are normalised again, or their KL could be negative.
@@ -349,11 +349,12 @@ Categories categorize(const D& divergence, Tail tail, const TopK& teacher, int64
     // Logits relative to the student's max: the level of the logits must not cost digits.
     const auto category = [&](double log_p, double logit, double log_mass) {
         const double log_q = (logit - student.max) * inverse_temperature + log_mass - log_student;
-        return Point<double>{exp_nonpositive(log_p - log_teacher), exp_nonpositive(log_q), log_q - (log_p - log_teacher)};
+        return Point<double>{exp_nonpositive(log_p - log_teacher), exp_nonpositive(log_q),
+                             log_q - (log_p - log_teacher)};
     };
-    const Point<double> outside =
-        rest.sum == 0 ? Point<double>{exp_nonpositive(residual - log_teacher), 0.0, -kInfinity}
-                      : category(residual, rest.max, log_positive(rest.sum));
+    const Point<double> outside = rest.sum == 0
+                                      ? Point<double>{exp_nonpositive(residual - log_teacher), 0.0, -kInfinity}
+                                      : category(residual, rest.max, log_positive(rest.sum));
 
     Categories row;
     Sums<double> sums;
@@ -414,8 +415,8 @@ void topk_distill_rows(const TopKDistillArgs& args, double denominator, void* ro
     const int64_t vocab = options.vocab;
     const double inverse_temperature = 1 / options.temperature;
     const ScaledExp<F> exp(inverse_temperature);
-    const double soft_weight = (1 - options.hard_weight) *
-                               (options.temperature_squared ? options.temperature * options.temperature : 1);
+    const double soft_weight =
+        (1 - options.hard_weight) * (options.temperature_squared ? options.temperature * options.temperature : 1);
     Entry* const entries = reinterpret_cast<Entry*>(span.scratch);
     double* const members = reinterpret_cast<double*>(entries + args.teacher.k);
 
@@ -438,8 +439,7 @@ void topk_distill_rows(const TopKDistillArgs& args, double denominator, void* ro
         for (int64_t i = 0; i < count; ++i) all = fold(all, members[i], inverse_temperature);
         const HardTerm<T> hard(args.tokens, options, row, student, all);
         if (out.entropy) put<F>(out.entropy, row, entropy(student, vocab, all, inverse_temperature));
-        if (out.agreement)
-            out.agreement[row] = first_equal(student, vocab, all.max) == most_likely(entries, count);
+        if (out.agreement) out.agreement[row] = first_equal(student, vocab, all.max) == most_likely(entries, count);
 
         // Sum over the categories; the entries' values become slopes
         const Categories categories = categorize(args, teacher_row, entries, count, members, rest);
@@ -464,8 +464,7 @@ void topk_distill_rows(const TopKDistillArgs& args, double denominator, void* ro
                 std::memset(block, 0, length * sizeof(F));
             } else {
 #pragma omp simd
-                for (int64_t i = 0; i < length; ++i)
-                    block[i] = scale * exp(value(s[i]) - max);
+                for (int64_t i = 0; i < length; ++i) block[i] = scale * exp(value(s[i]) - max);
             }
             for (; entry < count && entries[entry].index < first + length; ++entry)
                 block[entries[entry].index - first] = F(slope_factor * entries[entry].value);
@@ -488,64 +487,75 @@ void topk_distill(const TopKDistillArgs& args, double denominator, void* row_los
 
 // ---- Extraction of the k largest entries ----
 
-// A heap of the k best entries so far, the worst on top: a smaller value, or of equals the later one.
+// The entries of a row that may be among its k best. When the room for four times as many is used up, only the k best
+// stay, and the worst of them becomes the threshold: a row is searched in a few rounds, each four times as long.
 template <class F>
-class Best {
-public:
-    Best(Entry* heap, int64_t k) : heap_(heap), k_(k) {}
+class Candidates {
+  public:
+    Candidates(Entry* entries, int64_t k) : entries_(entries), k_(k) {}
 
-    F threshold() const { return count_ < k_ ? F(-kInfinity) : F(heap_[0].value); }
-    bool full() const { return count_ == k_; }
-
-    void offer(F value, int64_t index) {
-        if (count_ < k_) {
-            int64_t hole = count_++;
-            for (; hole > 0 && worse(Entry{double(value), index, 0}, heap_[(hole - 1) / 2]); hole = (hole - 1) / 2)
-                heap_[hole] = heap_[(hole - 1) / 2];
-            heap_[hole] = {double(value), index, 0};
-            return;
-        }
-        if (!(double(value) > heap_[0].value)) return;  // of equals the earlier one stays
-        int64_t hole = 0;
-        const Entry entry{double(value), index, 0};
-        for (int64_t child; (child = 2 * hole + 1) < k_; hole = child) {
-            if (child + 1 < k_ && worse(heap_[child + 1], heap_[child])) ++child;
-            if (!worse(heap_[child], entry)) break;
-            heap_[hole] = heap_[child];
-        }
-        heap_[hole] = entry;
+    void add(F value, int64_t index) {
+        entries_[count_++] = {double(value), index, 0};
+        if (count_ == cpu::kCandidatesPerEntry * k_) keep_best();
     }
-
-private:
-    static bool worse(const Entry& a, const Entry& b) {
-        return a.value < b.value || (a.value == b.value && a.index > b.index);
+    void keep_best() {
+        cpu::keep_best(entries_, count_, k_);
+        count_ = k_;
+        threshold_ = F(entries_[k_ - 1].value);
     }
-    Entry* heap_;
+    F threshold() const { return threshold_; }
+
+  private:
+    Entry* entries_;
     int64_t k_, count_ = 0;
+    F threshold_ = F(-kInfinity);
 };
 
-// Reads the row from memory; returns false where it holds a NaN.
+constexpr int64_t kGroup = 64;
+
+// Whether any of a group's entries is above the threshold, or a NaN.
+template <class T, class F>
+bool any_above(const T* x, F threshold) {
+    int above = 0;
+#pragma omp simd reduction(| : above)
+    for (int64_t i = 0; i < kGroup; ++i) above |= !(value(x[i]) <= threshold);
+    return above != 0;
+}
+
+// Which of them: a byte of 1 each, in words of eight, first entry lowest.
+template <class T, class F>
+void which_above(const T* x, F threshold, uint64_t* words) {
+    alignas(64) uint8_t above[kGroup];
+#pragma omp simd
+    for (int64_t i = 0; i < kGroup; ++i) above[i] = !(value(x[i]) <= threshold);
+    std::memcpy(words, above, sizeof above);
+}
+
+// Reads the row from memory and leaves its k best in `entries`; returns false where it holds a NaN.
 template <class T>
 bool select(const T* row, int64_t vocab, int64_t k, Entry* entries) {
-    using F = ValueOf<T>;
-    constexpr int64_t kGroup = 64;
-    Best<F> best(entries, k);
-    int invalid = 0;
-    for (int64_t first = 0; first < vocab; first += kGroup) {
-        const T* const x = row + first;
-        const F threshold = best.threshold();
-        const int64_t length = minimum(kGroup, vocab - first);
-        int above = !best.full();
-#pragma omp simd reduction(| : above, invalid)
-        for (int64_t i = 0; i < length; ++i) {
-            above |= value(x[i]) > threshold;
-            invalid |= value(x[i]) != value(x[i]);
-        }
-        if (!above) continue;
-        for (int64_t i = 0; i < length; ++i)
-            if (!best.full() || value(x[i]) > best.threshold()) best.offer(value(x[i]), first + i);
+    Candidates<ValueOf<T>> best(entries, k);
+    const auto offer = [&](int64_t i) {
+        const ValueOf<T> x = value(row[i]);
+        if (x != x) return false;
+        if (i < k || x > best.threshold()) best.add(x, i);  // of equals the earlier one stays
+        return true;
+    };
+    int64_t i = 0;
+    for (; i < k; ++i)
+        if (!offer(i)) return false;
+    for (; i + kGroup <= vocab; i += kGroup) {
+        if (!any_above(row + i, best.threshold())) continue;
+        uint64_t words[kGroup / 8];
+        which_above(row + i, best.threshold(), words);
+        for (int64_t word = 0; word < kGroup / 8; ++word)
+            for (uint64_t left = words[word]; left != 0; left &= left - 1)
+                if (!offer(i + 8 * word + __builtin_ctzll(left) / 8)) return false;
     }
-    return !invalid;
+    for (; i < vocab; ++i)
+        if (!offer(i)) return false;
+    best.keep_best();
+    return true;
 }
 
 template <class T>
@@ -553,7 +563,7 @@ void topk_rows(const TopKArgs& args, Span span) {
     using F = ValueOf<T>;
     const double inverse_temperature = 1 / args.temperature;
     Entry* const entries = reinterpret_cast<Entry*>(span.scratch);
-    double* const members = reinterpret_cast<double*>(entries + args.k);
+    double* const members = reinterpret_cast<double*>(entries + cpu::kCandidatesPerEntry * args.k);
 
     for (int64_t row = span.begin; row < span.end; ++row) {
         const T* const logits = reinterpret_cast<const T*>(row_of(args.logits, row));

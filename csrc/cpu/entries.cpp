@@ -57,10 +57,20 @@ void sort_by_index(Entry* entries, int64_t count) {
     std::sort(entries, entries + count, [](const Entry& a, const Entry& b) { return a.index < b.index; });
 }
 
-void sort_by_value(Entry* entries, int64_t count) {
-    std::sort(entries, entries + count, [](const Entry& a, const Entry& b) {
-        return a.value > b.value || (a.value == b.value && a.index < b.index);
-    });
+namespace {
+
+// Descending, equals by ascending index.
+bool before(const Entry& a, const Entry& b) { return a.value > b.value || (a.value == b.value && a.index < b.index); }
+
+}  // namespace
+
+void sort_by_value(Entry* entries, int64_t count) { std::sort(entries, entries + count, before); }
+
+void keep_best(Entry* entries, int64_t count, int64_t k) {
+    if (count > k)
+        std::nth_element(entries, entries + (k - 1), entries + count, before);
+    else
+        std::iter_swap(entries + (k - 1), std::max_element(entries, entries + k, before));
 }
 
 }  // namespace pyalign::cpu

@@ -31,6 +31,7 @@ struct Kernels {
 };
 
 constexpr int64_t kBlock = 1024;
+constexpr int64_t kCandidatesPerEntry = 4;  // room for candidates while the k largest entries are searched
 
 // Compiled once (entries.cpp), called by the kernels: no instruction set's copy of a standard algorithm may serve
 // another's.
@@ -40,6 +41,8 @@ int64_t sorted_entries(const TopK& teacher, int64_t teacher_row, int64_t vocab, 
 double residual_of(const TopK& teacher, int64_t teacher_row, const Entry* entries, int64_t count);
 void sort_by_index(Entry* entries, int64_t count);
 void sort_by_value(Entry* entries, int64_t count);  // descending, equals by ascending index
+
+void keep_best(Entry* entries, int64_t count, int64_t k);  // the first k become the k largest, the least of them last
 
 const Kernels& kernels();
 

@@ -20,17 +20,15 @@ using cpu::kBlock;
 
 PYALIGN_HD int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
-PYALIGN_HD size_t size_of(Dtype dtype) {
-    return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
+PYALIGN_HD size_t size_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
 PYALIGN_HD std::byte* row_of(const Rows& rows, int64_t row) {
     const int64_t offset = (row / rows.inner) * rows.outer_stride + (row % rows.inner) * rows.inner_stride;
     return static_cast<std::byte*>(rows.data) + offset * static_cast<int64_t>(size_of(rows.dtype));
 }
 
-// Elements as they lie in memory. Loops convert as they read: it costs two instructions, and a converted copy of the row
-// would cost the cache its room.
+// Elements as they lie in memory. Loops convert as they read: it costs two instructions, and a converted copy of the
+// row would cost the cache its room.
 struct BFloat16 {
     uint16_t bits;
 };
@@ -80,7 +78,7 @@ class ScaledExp;
 
 template <>
 class ScaledExp<float> {
-public:
+  public:
     explicit ScaledExp(double inverse_temperature) {
         factor_ = static_cast<float>(1.4426950408889634 * inverse_temperature);
         lowest_ = static_cast<float>(-87.33654 / inverse_temperature);
@@ -103,17 +101,17 @@ public:
         return x < lowest_ ? 0.0f : result;
     }
 
-private:
+  private:
     float factor_, lowest_;
 };
 
 template <>
 class ScaledExp<double> {
-public:
+  public:
     explicit ScaledExp(double inverse_temperature) : inverse_temperature_(inverse_temperature) {}
     PYALIGN_HD double operator()(double x) const { return std::exp(x * inverse_temperature_); }
 
-private:
+  private:
     double inverse_temperature_;
 };
 
@@ -137,7 +135,7 @@ PYALIGN_HD BlockSum<F> sum_exp(const T* x, int64_t count, F origin, ScaledExp<F>
 // Folds a row block by block. The sum is kept over an origin near the max, which moves only where e^x might overflow.
 template <class F>
 class RowFold {
-public:
+  public:
     explicit RowFold(double inverse_temperature)
         : exp_(inverse_temperature), inverse_temperature_(inverse_temperature), reach_(40 / inverse_temperature) {}
 
@@ -158,7 +156,7 @@ public:
         return sums_;
     }
 
-private:
+  private:
     PYALIGN_HD void raise_origin(F max) {
         if (!(double(max) > sums_.max)) return;
         const double scale = sums_.sum == 0 ? 0 : rescale(sums_.max, double(max), inverse_temperature_);
@@ -189,7 +187,8 @@ PYALIGN_HD void stream_lines(std::byte* to, const std::byte* from, size_t bytes)
                             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
 #elif defined(__SSE2__)
     for (size_t i = 0; i < bytes; i += 16)
-        _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
+                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
 #else
     std::memcpy(to, from, bytes);
 #endif
@@ -207,7 +206,7 @@ PYALIGN_HD void finish_streams() {
 // Streamed rows leave in whole cache lines, so the few entries past the last line wait for the next block.
 template <class F>
 class RowWriter {
-public:
+  public:
     RowWriter(std::byte* row, Dtype dtype, bool stream) : to_(row), dtype_(dtype), stream_(stream) {}
 
     F* block() { return block_; }
@@ -231,7 +230,7 @@ public:
         std::memset(to_ + waiting_, 0, static_cast<size_t>(width - vocab) * size_of(dtype_));
     }
 
-private:
+  private:
     void put(const std::byte* from, size_t bytes) {
         if (!stream_) {
             std::memcpy(to_, from, bytes);

@@ -125,9 +125,8 @@ def distill(
     raw = torch.where(counted[:, None], raw, 0.0)
     other = torch.where(counted[:, None], other, 0.0)
     scaled = raw / options.temperature
-    soft = divergence(
-        torch.log_softmax(other / options.temperature, -1), torch.log_softmax(scaled, -1), options.divergence, options.beta
-    )
+    log_p, log_q = torch.log_softmax(other / options.temperature, -1), torch.log_softmax(scaled, -1)
+    soft = divergence(log_p, log_q, options.divergence, options.beta)
     return _finish(soft, bad, scaled, raw, first_argmax(other), counted, tokens, options, want_metrics)
 
 
@@ -215,7 +214,7 @@ def topk_distill(
 
 
 def topk(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest log-probs of softmax(logits / T) per row (N, k), their indices, and the log of the rest's mass (N,)."""
+    """The k largest log-probs of softmax(logits / T) per row (N, k), their indices, and the log of the rest's mass."""
     x = logits.detach().reshape(-1, logits.shape[-1]).to(accumulation_dtype(logits.dtype))
     indices = x.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     log_p = torch.log_softmax(x / temperature, -1)

@@ -1,0 +1,51 @@
+"""The compiled module: pointers as integers, sizes, strides and dtype codes; pyalign/_native.py calls it."""
+
+from typing import Any
+
+class _Engine:
+    """What the submodules ``cpu`` and ``cuda`` offer; ``execution`` is a thread count or a stream."""
+
+    def distill(
+        self,
+        student: tuple[int, ...],
+        teacher: tuple[int, ...],
+        tokens: tuple[int, ...],
+        outputs: tuple[Any, ...],
+        options: tuple[Any, ...],
+        execution: int,
+        /,
+    ) -> None: ...
+    def topk_distill(
+        self,
+        student: tuple[int, ...],
+        teacher: tuple[Any, ...],
+        tail: int,
+        tokens: tuple[int, ...],
+        outputs: tuple[Any, ...],
+        options: tuple[Any, ...],
+        execution: int,
+        /,
+    ) -> None: ...
+    def topk(
+        self,
+        logits: tuple[int, ...],
+        count: int,
+        vocab: int,
+        k: int,
+        temperature: float,
+        logprobs: int,
+        indices: int,
+        residual: int,
+        execution: int,
+        /,
+    ) -> None: ...
+    def scale(self, x: int, dtype: int, count: int, factor: int, execution: int, /) -> None: ...
+
+class _Cpu(_Engine):
+    def isa(self) -> str: ...
+    def isas(self) -> list[str]: ...
+
+cpu: _Cpu
+cuda: _Engine  # only where CUDA was compiled
+
+def build_info() -> dict[str, Any]: ...
