@@ -345,14 +345,18 @@ def access(vocab: int, widths: list[int], matrices: list[Rows], stored: bool) ->
     read, is a multiple of it: vectorised access needs both. So is the width of a row that is stored (the
     first of ``widths``).
     """
-    itemsize = max(m.tensor.element_size() for m in matrices)
     for align in (16, 8, 4, 2, 1):
         limit = -(-vocab // align) * align
         whole = all(m.outer_stride % align == 0 and m.inner_stride % align == 0 for m in matrices)
         if whole and limit <= min(widths) and (not stored or widths[0] % align == 0):
             break
-    group = min(align, 16 // itemsize) if align > 1 else COLUMNS_PER_THREAD
-    return {"vocab": vocab, "limit": limit, "RAGGED": limit > vocab, "ALIGN": align, "GROUP": group}
+    return {"vocab": vocab, "limit": limit, "RAGGED": limit > vocab, "ALIGN": align}
+
+
+def group_size(align: int, matrices: list[Rows]) -> int:
+    """Columns of a block that one thread holds side by side, or, without vectors, at all."""
+    itemsize = max(m.tensor.element_size() for m in matrices)
+    return min(align, 16 // itemsize) if align > 1 else COLUMNS_PER_THREAD
 
 
 def denominator_of(tokens: Tokens, count: int, device: torch.device) -> tuple[Tensor | None, float]:

@@ -37,6 +37,7 @@ from .common import (
     expm1_nonpositive,
     fold,
     fold_lane,
+    group_size,
     group_sum,
     in_series,
     is_counted,
@@ -752,7 +753,6 @@ def lanes_kernel(
     DROPPED_BITS: tl.constexpr,
     RAGGED: tl.constexpr,
     ALIGN: tl.constexpr,
-    GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -795,8 +795,7 @@ def select_kernel(
     logits_stride,
     chosen,  # (N, k) int32
     states,  # (N, 4) float32
-    logprobs,  # (N, k) float32
-    indices,  # (N, k) int64
+    keys,  # (N, k) int64: of the k largest entries, in any order
     residual,  # (N,) float32
     k,
     vocab,
@@ -818,24 +817,48 @@ def select_kernel(
     lane = tl.load(chosen + row * k + slot, mask=slot < k, other=0)
     column = lane + (candidate % DEPTH) * BLOCK
     inside = (slot < k) & (column < vocab)
-    x = tl.load(logits_row + column, mask=inside, other=-INFINITY).to(tl.float32)
-    keys = tl.where(inside, key_of(x, column, DROPPED_BITS), -1)
+    x = tl.load(logits_row + column, mask=inside, other=-INFINITY)
+    key = tl.where(inside, key_of(x.to(tl.float32), column, DROPPED_BITS), -1)
+    threshold = kth_largest(key, k, 32 - DROPPED_BITS + INDEX_BITS)
+    taken = key >= threshold
+    place = tl.cumsum(taken.to(tl.int32), 0) - 1
+    tl.store(keys + row * k + place, key, mask=taken & (place < k))
 
-    top = tl.topk(keys, ENTRIES)
-    entry = tl.arange(0, ENTRIES)
-    index = ((top & INDEX_MASK) ^ INDEX_MASK).to(tl.int32)
-    value = tl.load(logits_row + index, mask=entry < k, other=-INFINITY).to(tl.float32)
-    log_sum = log_positive(row_sum)
-    tl.store(logprobs + row * k + entry, (value - row_max) * inverse_temperature - log_sum, mask=entry < k)
-    tl.store(indices + row * k + entry, index.to(tl.int64), mask=entry < k)
-
-    last = tl.sum(tl.where(entry == k - 1, top, 0), 0)
-    evicted = tl.where(inside & (keys < last), x, -INFINITY)
+    # Read again, from the cache: registers are short.
+    x = tl.load(logits_row + column, mask=inside & (key < threshold), other=-INFINITY)
+    evicted = x.to(tl.float32)
     tail_max = tl.maximum(rest_max, tl.max(evicted, 0))
     tail_sum = rest_sum * exp_scaled(rest_max - tail_max, inverse_temperature)
     tail_sum += tl.sum(exp_scaled(evicted - tail_max, inverse_temperature), 0)
-    tail = (tail_max - row_max) * inverse_temperature + (log_positive(tail_sum) - log_sum)
+    tail = (tail_max - row_max) * inverse_temperature + (log_positive(tail_sum) - log_positive(row_sum))
     tl.store(residual + row, tl.where((tail_sum == 0.0) & (row_sum == row_sum), -INFINITY, tail))
+
+
+@triton.jit(do_not_specialize=["logits_inner", "logits_outer", "logits_stride", "k"])
+def order_kernel(
+    logits,  # (N, V) rows
+    logits_inner,
+    logits_outer,
+    logits_stride,
+    states,  # (N, 4) float32
+    keys,  # (N, k) int64
+    logprobs,  # (N, k) float32
+    indices,  # (N, k) int64
+    k,
+    inverse_temperature,
+    ENTRIES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_row = logits + row_start(row, logits_inner, logits_outer, logits_stride, 1)
+    row_max = tl.load(states + row * 4)
+    row_sum = tl.load(states + row * 4 + 1)
+    entry = tl.arange(0, ENTRIES)
+    key = tl.sort(tl.load(keys + row * k + entry, mask=entry < k, other=-1), descending=True)
+    index = (key & INDEX_MASK) ^ INDEX_MASK
+    value = tl.load(logits_row + index, mask=entry < k, other=-INFINITY).to(tl.float32)
+    log_prob = (value - row_max) * inverse_temperature - log_positive(row_sum)
+    tl.store(logprobs + row * k + entry, log_prob, mask=entry < k)
+    tl.store(indices + row * k + entry, index, mask=entry < k)
 
 
 @triton.jit(do_not_specialize=["x_inner", "x_outer", "x_stride", "width", "chunks"])
@@ -968,32 +991,53 @@ def topk(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Te
     indices = torch.empty((count, k), dtype=torch.int64, device=device)
     residual = torch.empty(count, dtype=torch.float32, device=device)
     chosen = torch.empty((count, k), dtype=torch.int32, device=device)
+    keys = torch.empty((count, k), dtype=torch.int64, device=device)
     states = torch.empty((count, 4), dtype=torch.float32, device=device)
     # Lanes: few, so that choosing among them is quick, but enough that the k of them hold few candidates.
     per_program = 128 if vocab <= 8192 else 256 if vocab <= 32768 else 512 if vocab <= 131072 else 1024
     block = per_program * COLUMNS_PER_THREAD
     entries, depth = triton.next_power_of_2(max(k, 16)), triton.next_power_of_2(triton.cdiv(vocab, block))
-    shared = {
-        **row_arguments("logits", matrix),
-        "chosen": chosen,
-        "states": states,
-        "k": k,
-        "inverse_temperature": 1.0 / temperature,
-        "DROPPED_BITS": {torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0),
-        "BLOCK": block,
-    }
-    reading = access(vocab, [vocab], [matrix], stored=False)
-    launch(lanes_kernel, count, per_program // warp_size(device), **shared, **reading)
+    dropped = {torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0)
+    source = {**row_arguments("logits", matrix), "inverse_temperature": 1.0 / temperature, "k": k}
+
+    def warps(elements: int) -> int:
+        return min(16, max(1, elements // (COLUMNS_PER_THREAD * warp_size(device))))
+
+    launch(
+        lanes_kernel,
+        count,
+        per_program // warp_size(device),
+        **source,
+        **access(vocab, [vocab], [matrix], stored=False),
+        chosen=chosen,
+        states=states,
+        DROPPED_BITS=dropped,
+        BLOCK=block,
+    )
     launch(
         select_kernel,
         count,
-        min(16, max(1, entries * depth // (COLUMNS_PER_THREAD * warp_size(device)))),
-        **shared,
+        warps(entries * depth),
+        **source,
         vocab=vocab,
+        chosen=chosen,
+        states=states,
+        keys=keys,
+        residual=residual,
+        DROPPED_BITS=dropped,
+        BLOCK=block,
+        DEPTH=depth,
+        ENTRIES=entries,
+    )
+    launch(
+        order_kernel,
+        count,
+        warps(entries),
+        **source,
+        states=states,
+        keys=keys,
         logprobs=logprobs,
         indices=indices,
-        residual=residual,
-        DEPTH=depth,
         ENTRIES=entries,
     )
     return logprobs, indices, residual
@@ -1050,10 +1094,12 @@ class _Call:
 
         matrices = [self.student, self.teacher] + ([self.gradient] if self.gradient else [])
         widths = [width, self.teacher.tensor.shape[-1]]
-        # Programs of 1024 threads have 64 registers per thread, too few for the longer formulas.
-        heavy = options.divergence == "jsd" or options.hard_weight > 0.0 or want_metrics
+        # Programs of 1024 threads have 64 registers per thread, too few for the longer formulas. And where there is
+        # no teacher's row, twice the programs have as much under way.
+        heavy = options.divergence == "jsd" or options.hard_weight > 0.0 or want_metrics or teacher is None
         per_program = threads(options.vocab * student.element_size(), 512 if heavy else 1024)
         self.warps = per_program // warp_size(device)
+        reading = access(options.vocab, widths, matrices, stored=self.gradient is not None)
         soft_weight = (1.0 - options.hard_weight) * (options.temperature**2 if options.temperature_squared else 1.0)
         self.arguments: dict[str, Any] = {
             **row_arguments("student", self.student),
@@ -1068,7 +1114,8 @@ class _Call:
             "denominator": self.denominator,
             "count": self.count,
             "ignore_index": tokens.ignore_index,
-            **access(options.vocab, widths, matrices, stored=self.gradient is not None),
+            **reading,
+            "GROUP": group_size(reading["ALIGN"], matrices),
             "width": width,
             "inverse_temperature": 1.0 / options.temperature,
             "soft_weight": soft_weight,
