@@ -179,8 +179,8 @@ void check_entries(const TopKDistillArgs& args) {
     }
 }
 
-size_t entries_scratch(int64_t entries, int64_t members) {
-    return sizeof(Entry) * static_cast<size_t>(entries) + sizeof(double) * static_cast<size_t>(members);
+size_t entries_scratch(int64_t entries, int64_t values) {
+    return sizeof(Entry) * static_cast<size_t>(entries) + sizeof(double) * static_cast<size_t>(values);
 }
 
 // ---- Losses ----
@@ -282,7 +282,8 @@ void topk_distill(const TopKDistillArgs& args, int threads) {
 void topk(const TopKArgs& args, int threads) {
     const int64_t grain = grain_of(args.count, args.vocab, threads);
     parallel(
-        args.count, grain, args.vocab, entries_scratch(kCandidatesPerEntry * args.k, args.k), threads,
+        args.count, grain, args.vocab,
+        entries_scratch(kCandidatesPerEntry * args.k, args.k + 2 * (args.vocab / kGroup)), threads,
         [&](int64_t begin, int64_t end, std::byte* memory) { kernels().topk(args, Span{begin, end, memory, false}); });
 }
 

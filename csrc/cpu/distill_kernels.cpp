@@ -7,6 +7,7 @@ namespace {
 
 using cpu::Entry;
 using cpu::Kernels;
+using cpu::kGroup;
 using cpu::Span;
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
@@ -492,7 +493,7 @@ void topk_distill(const TopKDistillArgs& args, double denominator, void* row_los
 template <class F>
 class Candidates {
   public:
-    Candidates(Entry* entries, int64_t k) : entries_(entries), k_(k) {}
+    Candidates(Entry* entries, int64_t k, F threshold) : entries_(entries), k_(k), threshold_(threshold) {}
 
     void add(F value, int64_t index) {
         entries_[count_++] = {double(value), index, 0};
@@ -508,10 +509,8 @@ class Candidates {
   private:
     Entry* entries_;
     int64_t k_, count_ = 0;
-    F threshold_ = F(-kInfinity);
+    F threshold_;
 };
-
-constexpr int64_t kGroup = 64;
 
 // Whether any of a group's entries is above the threshold, or a NaN.
 template <class T, class F>
@@ -531,29 +530,50 @@ void which_above(const T* x, F threshold, uint64_t* words) {
     std::memcpy(words, above, sizeof above);
 }
 
-// Reads the row from memory and leaves its k best in `entries`; returns false where it holds a NaN.
-template <class T>
-bool select(const T* row, int64_t vocab, int64_t k, Entry* entries) {
-    Candidates<ValueOf<T>> best(entries, k);
-    const auto offer = [&](int64_t i) {
-        const ValueOf<T> x = value(row[i]);
-        if (x != x) return false;
-        if (i < k || x > best.threshold()) best.add(x, i);  // of equals the earlier one stays
-        return true;
-    };
-    int64_t i = 0;
-    for (; i < k; ++i)
-        if (!offer(i)) return false;
-    for (; i + kGroup <= vocab; i += kGroup) {
-        if (!any_above(row + i, best.threshold())) continue;
-        uint64_t words[kGroup / 8];
-        which_above(row + i, best.threshold(), words);
-        for (int64_t word = 0; word < kGroup / 8; ++word)
-            for (uint64_t left = words[word]; left != 0; left &= left - 1)
-                if (!offer(i + 8 * word + __builtin_ctzll(left) / 8)) return false;
+// Adds the entries of a group that are above the threshold; returns false at a NaN.
+template <class T, class F>
+bool add_group(const T* row, int64_t first, Candidates<F>& best) {
+    uint64_t words[kGroup / 8];
+    which_above(row + first, best.threshold(), words);
+    for (int64_t word = 0; word < kGroup / 8; ++word) {
+        for (uint64_t left = words[word]; left != 0; left &= left - 1) {
+            const int64_t i = first + 8 * word + __builtin_ctzll(left) / 8;
+            const F x = value(row[i]);
+            if (x != x) return false;
+            if (x > best.threshold()) best.add(x, i);  // of equals the earlier one stays
+        }
     }
-    for (; i < vocab; ++i)
-        if (!offer(i)) return false;
+    return true;
+}
+
+// Leaves the row's k best in `entries`; returns false where it meets a NaN. `maxima` has room for one per group.
+//
+// The k-th largest of the groups' maxima is a lower bound of the k-th largest entry, and a close one: the row is read
+// once for the maxima, and again only where a group's is above the bound.
+template <class T, class F = ValueOf<T>>
+bool select(const T* row, int64_t vocab, int64_t k, F* maxima, Entry* entries) {
+    const int64_t groups = vocab / kGroup;
+    F bound = F(-kInfinity);
+    if (groups > k) {
+        for (int64_t group = 0; group < groups; ++group) maxima[group] = max_of(row + group * kGroup, kGroup);
+        bound = cpu::kth_largest(maxima, maxima + groups, groups, k);
+    }
+    const bool bounded = bound > std::numeric_limits<F>::lowest();
+    Candidates<F> best(entries, k, bounded ? std::nextafter(bound, F(-kInfinity)) : F(-kInfinity));
+    int64_t i = 0;
+    for (; !bounded && i < k; ++i) {
+        if (value(row[i]) != value(row[i])) return false;
+        best.add(value(row[i]), i);
+    }
+    for (; i + kGroup <= vocab; i += kGroup) {
+        const bool above = bounded ? maxima[i / kGroup] > best.threshold() : any_above(row + i, best.threshold());
+        if (above && !add_group(row, i, best)) return false;
+    }
+    for (; i < vocab; ++i) {
+        const F x = value(row[i]);
+        if (x != x) return false;
+        if (x > best.threshold()) best.add(x, i);
+    }
     best.keep_best();
     return true;
 }
@@ -564,10 +584,11 @@ void topk_rows(const TopKArgs& args, Span span) {
     const double inverse_temperature = 1 / args.temperature;
     Entry* const entries = reinterpret_cast<Entry*>(span.scratch);
     double* const members = reinterpret_cast<double*>(entries + cpu::kCandidatesPerEntry * args.k);
+    F* const maxima = reinterpret_cast<F*>(members + args.k);
 
     for (int64_t row = span.begin; row < span.end; ++row) {
         const T* const logits = reinterpret_cast<const T*>(row_of(args.logits, row));
-        const bool valid = select(logits, args.vocab, args.k, entries);
+        const bool valid = select(logits, args.vocab, args.k, maxima, entries);
         const int64_t count = valid ? args.k : 0;
         cpu::sort_by_index(entries, count);
         const Softmax<double> rest = fold_rest(logits, args.vocab, inverse_temperature, entries, count, members);

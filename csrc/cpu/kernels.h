@@ -31,6 +31,7 @@ struct Kernels {
 };
 
 constexpr int64_t kBlock = 1024;
+constexpr int64_t kGroup = 64;
 constexpr int64_t kCandidatesPerEntry = 4;  // room for candidates while the k largest entries are searched
 
 // Compiled once (entries.cpp), called by the kernels: no instruction set's copy of a standard algorithm may serve
@@ -43,6 +44,9 @@ void sort_by_index(Entry* entries, int64_t count);
 void sort_by_value(Entry* entries, int64_t count);  // descending, equals by ascending index
 
 void keep_best(Entry* entries, int64_t count, int64_t k);  // the first k become the k largest, the least of them last
+// The k-th largest of x[0 .. count); `scratch` has room for as many.
+float kth_largest(const float* x, float* scratch, int64_t count, int64_t k);
+double kth_largest(const double* x, double* scratch, int64_t count, int64_t k);
 
 const Kernels& kernels();
 
