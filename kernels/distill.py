@@ -1001,7 +1001,7 @@ def topk(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Te
     source = {**row_arguments("logits", matrix), "inverse_temperature": 1.0 / temperature, "k": k}
 
     def warps(elements: int) -> int:
-        return min(16, max(1, elements // (COLUMNS_PER_THREAD * warp_size(device))))
+        return max(1, min(512, elements // COLUMNS_PER_THREAD) // warp_size(device))
 
     launch(
         lanes_kernel,
