@@ -366,11 +366,19 @@ struct Launch {
     int cluster = 0;
 };
 
+// More shared memory than this is opted into, per kernel. Always all there is: a smaller number, set by one thread,
+// could come between another's setting and its launch.
+constexpr size_t kSharedByDefault = 48 << 10;
+
+template <class... Params>
+cudaError_t allow_shared(void (*kernel)(Params...), const Device& device) {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+}
+
 template <class... Params>
 cudaError_t launch(const Launch& how, void (*kernel)(Params...), const Params&... args) {
-    if (how.shared > 48 << 10) {
-        const cudaError_t status =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(how.shared));
+    if (how.shared > kSharedByDefault) {
+        const cudaError_t status = allow_shared(kernel, current_device());
         if (status != cudaSuccess) return status;
     }
     cudaLaunchAttribute cluster{};

@@ -35,7 +35,7 @@ struct BlockPart {
 
 // Grid: any number of blocks, each takes every gridDim.x-th row. `kept` vectors of both rows stay in shared memory.
 template <class T, class D>
-__global__ void __launch_bounds__(kMostThreads) distill_rows(const DistillParams params, int kept) {
+__global__ void __launch_bounds__(kMostThreads, 1) distill_rows(const DistillParams params, int kept) {
     extern __shared__ uint4 shared[];
     char* const fixed = reinterpret_cast<char*>(shared);
     BlockTeam team{fixed};

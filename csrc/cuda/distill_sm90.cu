@@ -287,8 +287,8 @@ struct ClusterPlan {
 
 using Kernel = void (*)(DistillParams, int, int);
 
-int64_t active_clusters(Kernel kernel, int cluster, size_t shared) {
-    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)) != cudaSuccess ||
+int64_t active_clusters(const Device& device, Kernel kernel, int cluster, size_t shared) {
+    if (allow_shared(kernel, device) != cudaSuccess ||
         (cluster > 8 &&
          cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess)) {
         cudaGetLastError();
@@ -326,7 +326,7 @@ ClusterPlan make_plan(const Device& device, Kernel kernel, int64_t vocab, int si
             if (shared > device.shared_per_block ||
                 wish.blocks * (shared + device.shared_reserved) > device.shared_per_processor)
                 continue;
-            const int64_t clusters = active_clusters(kernel, cluster, size_t(shared));
+            const int64_t clusters = active_clusters(device, kernel, cluster, size_t(shared));
             if (2 * clusters * cluster < int64_t{wish.blocks} * device.processors) continue;
             return {cluster, wish.stages, int(capacity), size_t(shared), clusters};
         }

@@ -107,7 +107,7 @@ struct alignas(16) Shared {
 
 // Grid: any number of blocks, each takes every gridDim.x-th row. `kept` vectors of the row stay in shared memory.
 template <class T>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 1)
     topk_rows(const Rows logits /* [count, vocab] */, int64_t count, int vocab, int k, float inverse_temperature,
               float* logprobs /* [count, k] */, int64_t* indices /* [count, k] */, float* residual /* [count] */,
               int kept) {

@@ -124,7 +124,7 @@ struct alignas(16) Shared {
 
 // Grid: any number of blocks, each takes every gridDim.x-th row. `kept` vectors of the row stay in shared memory.
 template <class T>
-__global__ void __launch_bounds__(kMostThreads) topk_distill_rows(const TopKParams params, int kept) {
+__global__ void __launch_bounds__(kMostThreads, 1) topk_distill_rows(const TopKParams params, int kept) {
     extern __shared__ uint4 memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const LossParams& p = params.loss;

@@ -1,0 +1,223 @@
+"""The CUDA kernels as the compiler leaves them, checked without a GPU: they compile for every target, keep to stated
+limits of registers and shared memory, spill nothing, and hold the instructions that they were written for.
+
+The reports of an up-to-date build in ``build/native`` are read where they are; otherwise the sources are compiled here,
+by default for sm_90 alone, with ``-m slow`` for every target.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+NVCC = shutil.which("nvcc")
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc: the CUDA kernels can't be compiled here")
+
+DEFAULT_TARGET = "90"
+SLOW_TARGETS = ("80", "86", "89", "100", "120")
+TARGETS = (DEFAULT_TARGET, *(pytest.param(target, marks=pytest.mark.slow) for target in SLOW_TARGETS))
+
+
+class Limit(NamedTuple):
+    """What a kernel may use: 65,536 registers a multiprocessor are shared by ``threads`` x ``blocks`` threads."""
+
+    instances: int
+    threads: int
+    blocks: int
+    static_shared: int = 0  # bytes; what is asked for at launch is planned in runtime.cu and distill_sm90.cu
+
+    @property
+    def registers(self) -> int:
+        return min(65536 // (self.threads * self.blocks), 255)
+
+
+TYPES, DIVERGENCES = 3, 4
+LIMITS = {
+    "distill_rows": Limit(TYPES * DIVERGENCES, threads=512, blocks=1),
+    "distill_clusters": Limit(TYPES * DIVERGENCES, threads=256, blocks=2),
+    "topk_rows": Limit(TYPES, threads=1024, blocks=1),
+    "topk_distill_rows": Limit(TYPES, threads=512, blocks=1),
+    "scale_elements": Limit(TYPES, threads=256, blocks=4),
+    "count_tokens": Limit(1, threads=1024, blocks=1, static_shared=256),
+    "sum_losses": Limit(1, threads=1024, blocks=1, static_shared=256),
+}
+
+
+class Usage(NamedTuple):
+    """One kernel's line of the report of ``ptxas -v``."""
+
+    kernel: str
+    symbol: str
+    registers: int
+    stack: int
+    spills: int
+    static_shared: int
+
+
+class Built(NamedTuple):
+    """One source compiled: where the object is, and what ptxas said of the target."""
+
+    source: Path
+    target: str
+    object: Path
+    report: list[Usage]
+
+
+def kernel_of(symbol: str) -> str:
+    """The function's name: the last of a mangled symbol's length-prefixed names that we know."""
+    return next((name for name in LIMITS if re.search(rf"\d{name}[IE]", symbol)), symbol)
+
+
+def parse(report: str, target: str) -> list[Usage]:
+    found = re.finditer(
+        rf"entry function '(\S+)' for 'sm_{target}'\n"
+        r"(?:.*Function properties.*\n)?"
+        r"\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
+        r".*Used (\d+) registers(.*)\n",
+        report,
+    )
+    usages: list[Usage] = []
+    for symbol, stack, stores, loads, registers, rest in (match.groups() for match in found):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        spills = int(stores) + int(loads)
+        static = int(shared[1]) if shared else 0
+        usages.append(Usage(kernel_of(symbol), symbol, int(registers), int(stack), spills, static))
+    return usages
+
+
+def compiles_for(source: Path, target: str) -> bool:
+    return int(target) >= 90 or not source.stem.endswith("_sm90")
+
+
+def up_to_date(source: Path, target: str) -> Built | None:
+    """The build's own object and report, if they are newer than all they were made of and hold the target."""
+    made = ROOT / "build" / "native" / source.relative_to(ROOT)
+    compiled, log = made.with_suffix(".cu.o"), made.with_suffix(".ptxas.log")
+    if not (compiled.exists() and log.exists()):
+        return None
+    inputs = [source, *(ROOT / "csrc").glob("common/*.h"), *(ROOT / "csrc").glob("cuda/*.*h")]
+    if min(compiled.stat().st_mtime, log.stat().st_mtime) < max(path.stat().st_mtime for path in inputs):
+        return None
+    text = log.read_text()
+    if "Compiling entry function" in text and f"for 'sm_{target}'" not in text:
+        return None
+    return Built(source, target, compiled, parse(text, target))
+
+
+def compile_source(source: Path, target: str, folder: Path) -> Built:
+    compiled = folder / f"{source.stem}.{target}.o"
+    assert NVCC is not None
+    command = [NVCC, "-std=c++17", "-O3", "-DNDEBUG", "-DPYALIGN_HAVE_SM90", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v"]
+    command += ["-Xcompiler", "-fPIC,-Wall", f"-gencode=arch=compute_{target},code=sm_{target}"]
+    command += ["-c", str(source), "-o", str(compiled)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    output = result.stdout + result.stderr
+    assert result.returncode == 0, f"{' '.join(command)}\n{output}"
+    assert "warning" not in output, output
+    return Built(source, target, compiled, parse(output, target))
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Built]]:
+    @functools.cache
+    def built(target: str) -> list[Built]:
+        folder = tmp_path_factory.mktemp(f"sm_{target}")
+        sources = [source for source in SOURCES if compiles_for(source, target)]
+        # the sources that take longest first
+        sources.sort(key=lambda source: not source.stem.startswith("distill"))
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(lambda x: up_to_date(x, target) or compile_source(x, target, folder), sources))
+
+    return built
+
+
+def instructions(built: Built) -> dict[str, Counter[str]]:
+    """How often each SASS opcode stands in each kernel, by symbol."""
+    tool = shutil.which("cuobjdump")
+    if tool is None and (triton := importlib.util.find_spec("triton")) and triton.origin:
+        bundled = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        tool = str(bundled) if bundled.exists() else None
+    if tool is None:
+        pytest.skip("no cuobjdump, neither CUDA's nor Triton's: SASS can't be read")
+    dump = [tool, "-sass", "-arch", f"sm_{built.target}", str(built.object)]
+    text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+    kernels: dict[str, Counter[str]] = {}
+    for part in re.split(r"\n\s*Function : ", text)[1:]:
+        lines = re.findall(r"/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", part)
+        kernels[part.split("\n", 1)[0].strip()] = Counter(lines)
+    return kernels
+
+
+def count(opcodes: Counter[str], pattern: str) -> int:
+    return sum(times for opcode, times in opcodes.items() if re.match(pattern, opcode))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_keep_to_their_registers_and_spill_nothing(build: Callable[[str], list[Built]], target: str) -> None:
+    usages = [usage for built in build(target) for usage in built.report]
+    for usage in usages:
+        limit = LIMITS[usage.kernel]
+        assert usage.registers <= limit.registers, usage
+        assert usage.stack == 0, usage
+        assert usage.spills == 0, usage
+        assert usage.static_shared <= limit.static_shared, usage
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_template_instances_are_as_few_as_stated(build: Callable[[str], list[Built]], target: str) -> None:
+    found = Counter(usage.kernel for built in build(target) for usage in built.report)
+    wanted = {name: limit.instances for name, limit in LIMITS.items()}
+    if int(target) < 90:
+        del wanted["distill_clusters"]
+    assert found == wanted
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_rows_move_in_16_bytes_and_nothing_goes_to_local_memory(
+    build: Callable[[str], list[Built]], target: str
+) -> None:
+    loads = {"distill_rows", "topk_rows", "topk_distill_rows", "scale_elements"}
+    stores = {"distill_rows", "distill_clusters", "topk_distill_rows", "scale_elements"}
+    for built in build(target):
+        if not built.report:
+            continue  # host code alone
+        for symbol, opcodes in instructions(built).items():
+            name = kernel_of(symbol)
+            assert count(opcodes, r"(LDL|STL)\b") == 0, symbol
+            assert name not in loads or count(opcodes, r"LDG\.E(\.\w+)*\.128") > 0, symbol
+            assert name not in stores or count(opcodes, r"STG\.E(\.\w+)*\.128") > 0, symbol
+
+
+def test_clusters_use_bulk_copies_and_distributed_shared_memory(build: Callable[[str], list[Built]]) -> None:
+    built = next(built for built in build(DEFAULT_TARGET) if built.source.stem == "distill_sm90")
+    for symbol, opcodes in instructions(built).items():
+        assert count(opcodes, r"UBLKCP") > 0, symbol  # cp.async.bulk
+        assert count(opcodes, r"SYNCS") > 0, symbol  # mbarrier
+        assert count(opcodes, r"UCGABAR_ARV") > 0, symbol  # cluster barrier
+        assert count(opcodes, r"ST\.E") > 0, symbol  # into other blocks' shared memory
+        assert count(opcodes, r"LDS\.128") > 0, symbol
+        assert count(opcodes, r"LDG\.E(\.\w+)*\.128") == 0, symbol  # rows come by copy alone
+
+
+@pytest.mark.slow
+def test_ptx_of_the_newest_target_compiles(tmp_path: Path) -> None:
+    assert NVCC is not None
+    for source in SOURCES:
+        command = [NVCC, "-std=c++17", "-O3", "-DPYALIGN_HAVE_SM90", f"-I{ROOT / 'csrc'}"]
+        command += [f"-gencode=arch=compute_{SLOW_TARGETS[-1]},code=compute_{SLOW_TARGETS[-1]}"]
+        command += ["-c", str(source), "-o", str(tmp_path / f"{source.stem}.o")]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
