@@ -1,0 +1,73 @@
+"""Measuring: competitors interleaved in one run, beside the machine's own ceiling.
+
+Ratios mean something on a noisy machine, absolute times little: so whatever is compared takes turns, and bandwidth is
+given as a share of the copy bandwidth measured between the same turns.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+__all__ = ["copy_function", "interleaved", "peak_extra_memory", "seconds"]
+
+
+def seconds(function: Callable[[], object], device: torch.device) -> float:
+    """The time of one call, to the end of the work that it starts on the device."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def interleaved(
+    functions: dict[str, Callable[[], object]], device: torch.device, *, rounds: int = 7, warmup: int = 2
+) -> dict[str, float]:
+    """The median time in seconds of each function, over rounds in which every one of them has its turn."""
+    for function in functions.values():
+        for _ in range(warmup):
+            function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            times[name].append(seconds(function, device))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def copy_function(like: torch.Tensor) -> tuple[Callable[[], object], int]:
+    """A copy of ``like`` into memory that is in use already, and the bytes that it reads and writes."""
+    source, target = torch.randn_like(like), torch.zeros_like(like)
+    return (lambda: target.copy_(source)), 2 * like.numel() * like.element_size()
+
+
+def peak_extra_memory(function: Callable[[], object], device: torch.device) -> int:
+    """Bytes that a call holds at its peak beyond what was held before it: the allocator's on a GPU, else resident."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here
+    before = _status("VmRSS")
+    function()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field}")
