@@ -117,7 +117,7 @@ def distill(
     count = student.shape[:-1].numel()
     counted = counted_tokens(tokens, count, student.device)
     raw = student[..., : options.vocab].reshape(count, options.vocab).to(dtype)
-    other = teacher.detach()[..., : options.vocab].flatten(0, -2).to(dtype)
+    other = teacher.detach()[..., : options.vocab].reshape(-1, options.vocab).to(dtype)
     bad = torch.zeros_like(counted)
     if tokens.teacher_rows is not None:
         index, bad = _checked("teacher_rows", tokens.teacher_rows, other.shape[0], counted)
