@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from pyalign._backends import choose, engine
@@ -278,6 +279,12 @@ def _functorch_is_active() -> bool:
 def loss(call: Call, student: Tensor, in_place: bool) -> Results:
     """Runs a loss, with a graph if the student needs one."""
     needs_gradient = torch.is_grad_enabled() and student.requires_grad
+    level: int = forward_ad._current_level  # pyright: ignore[reportPrivateUsage]
+    if level >= 0 and forward_ad.unpack_dual(student).tangent is not None:
+        raise RuntimeError(
+            "pyalign's kernels have no forward-mode derivative; for jvp force the plain torch implementation with"
+            ' pyalign.backend("reference")'
+        )
     if in_place and not needs_gradient:
         in_place = False  # nothing to write over the logits
     if in_place and student.is_leaf:

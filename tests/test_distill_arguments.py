@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (a line per case)
 """Bad arguments one by one: each error names the argument, what was given and what is wanted."""
 
 from __future__ import annotations

@@ -212,8 +212,8 @@ def topk_cases() -> Iterator[Any]:
                             marks = [pytest.mark.smoke] if s in (2, 5) and t == d else []
                             stored = STORED[(s + o) % 3]
                             yield pytest.param(
-                                engine, divergence, tail, dtype, shape, k, options, stored, number % 2 == 0, number % 3 > 0,
-                                number % 4 == 1, marks=marks,
+                                engine, divergence, tail, dtype, shape, k, options, stored, number % 2 == 0,
+                                number % 3 > 0, number % 4 == 1, marks=marks,
                             )  # fmt: skip
 
 
