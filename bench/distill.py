@@ -17,6 +17,9 @@ from torch import Tensor
 from pyalign import distillation_loss, topk_distillation_loss, topk_logprobs
 from pyalign.benchmark import copy_function, interleaved, peak_extra_memory
 
+# torch.compile's own imports use what torch has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU_SHAPES = [(8192, 128256, torch.bfloat16), (4096, 151936, torch.bfloat16), (4096, 128256, torch.float32)]
 CPU_SHAPES = [(1024, 32000, torch.float32), (1024, 32000, torch.bfloat16), (256, 128256, torch.float32)]

@@ -48,7 +48,8 @@ class _Outputs:
         if want_loss:
             self.loss = torch.empty((count,) if tokens.reduction == "none" else (), dtype=dtype, device=like.device)
             if tokens.reduction != "none":
-                self.row_loss = torch.empty(count, dtype=dtype, device=like.device)
+                # Never a null pointer, which would mean "not wanted": the mean of no rows is written too.
+                self.row_loss = torch.empty(max(count, 1), dtype=dtype, device=like.device)
         if want_metrics:
             self.entropy = torch.empty(count, dtype=dtype, device=like.device)
             self.agreement = torch.empty(count, dtype=torch.bool, device=like.device)

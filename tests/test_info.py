@@ -23,9 +23,7 @@ def test_report_is_plain_json():
 def test_every_op_names_its_backend_and_why():
     ops = _info.collect()["ops"]
     assert set(ops) == set(_ops.OPS)
-    assert all(
-        choice["backend"] and choice["reason"] for devices in ops.values() for choice in devices.values()
-    )
+    assert all(choice["backend"] and choice["reason"] for devices in ops.values() for choice in devices.values())
     assert ops["distillation_loss"]["cpu"]["backend"] == "cpu"
 
 
@@ -43,9 +41,7 @@ def test_forced_backend_that_cannot_serve_is_reported_not_raised():
 
 
 def test_native_module_that_cannot_load_is_reported(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(
-        "pyalign._backends.native", lambda: (None, "pyalign._C can't be imported (no such file)")
-    )
+    monkeypatch.setattr("pyalign._backends.native", lambda: (None, "pyalign._C can't be imported (no such file)"))
     text = _info.render(_info.collect())
     assert "pyalign._C can't be imported (no such file)" in text
     assert "distillation_loss on cpu" in text

@@ -23,11 +23,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tested on Linux
 
 
 def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("PYALIGN_", "CUDA_HOME", "CXX"))
-    }
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("PYALIGN_", "CUDA_HOME", "CXX"))}
     return subprocess.run(
         command,
         cwd=cwd,
@@ -58,9 +54,7 @@ def one_error(result: subprocess.CompletedProcess[str]) -> str:
 def nvcc(directory: Path, release: str = "13.0") -> str:
     """A stand-in that knows two targets; the path to search for it."""
     script = directory / "nvcc"
-    script.write_text(
-        f'#!/bin/sh\n[ "$1" = --version ] && echo release {release} || echo compute_80 compute_90\n'
-    )
+    script.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo release {release} || echo compute_80 compute_90\n')
     script.chmod(0o755)
     return str(directory)
 
@@ -103,9 +97,7 @@ def test_bad_targets(tmp_path: Path, archs: str, message: str):
 
 
 def test_bad_switch():
-    assert "PYALIGN_CUDA='yes': want 0 or 1, or leave it unset" in one_error(
-        run(*BUILD_EXT, PYALIGN_CUDA="yes")
-    )
+    assert "PYALIGN_CUDA='yes': want 0 or 1, or leave it unset" in one_error(run(*BUILD_EXT, PYALIGN_CUDA="yes"))
 
 
 # The native build, where it succeeds
@@ -183,9 +175,7 @@ def distributions(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> t
 def test_sdist_holds_all_sources(distributions: tuple[Path, Path]):
     with tarfile.open(distributions[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    tracked = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
     sources = {"csrc/bindings.cpp", "kernels/__init__.py", "pyalign/_C.pyi", "LICENSE", *tracked.split()}
     assert sources - {".gitignore"} <= names
     assert not [name for name in names if name.endswith((".so", ".o", ".pyc"))]

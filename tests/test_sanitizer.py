@@ -35,9 +35,7 @@ def python(sanitized: Path, *arguments: str, timeout: int = 1200) -> subprocess.
     # Python is not instrumented, so the runtimes must be there first; libstdc++ for the exceptions they wrap.
     names = ("libasan.so", "libubsan.so", "libstdc++.so.6")
     libraries = [
-        subprocess.run(
-            [str(CXX), f"-print-file-name={name}"], capture_output=True, text=True, check=True
-        ).stdout
+        subprocess.run([str(CXX), f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
         for name in names
     ]
     environment = {

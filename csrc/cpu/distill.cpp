@@ -13,10 +13,6 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
 
 #include "cpu/cpu.h"
 #include "cpu/kernels.h"
@@ -206,16 +202,6 @@ void reduce(const Outputs& out, int64_t count, double denominator) {
     *static_cast<F*>(out.loss) = static_cast<F>(denominator == 0 ? 0 : sum / denominator);
 }
 
-// Large pages for a gradient that was allocated just now: the kernel clears it several times as fast.
-void use_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__)
-    const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), begin = reinterpret_cast<uintptr_t>(data);
-    const uintptr_t first = (begin + page - 1) / page * page,
-                    end = (begin + static_cast<uintptr_t>(bytes)) / page * page;
-    madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // a refusal costs speed alone
-#endif
-}
-
 // Runs one of the loss kernels over all rows. `Args` is DistillArgs or TopKDistillArgs.
 template <class Args>
 void run_loss(const Args& args, void (*kernel)(const Args&, double, void*, Span), size_t scratch_bytes, int threads) {
@@ -226,7 +212,6 @@ void run_loss(const Args& args, void (*kernel)(const Args&, double, void*, Span)
     const int64_t element = dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
     const bool in_place = args.out.gradient.data == args.student.data;
     const bool stream = args.out.gradient.data && !in_place && count * width * element > kStreamBytes;
-    if (stream) use_large_pages(args.out.gradient.data, count * width * element);
     const double denominator = denominator_of(args.tokens, dtype);
     void* const row_loss = args.out.row_loss ? args.out.row_loss : args.out.loss;
     const int64_t grain = grain_of(count, args.options.vocab, threads);
