@@ -593,7 +593,8 @@ def test_every_instruction_set_gives_the_same_results(tmp_path: Any):
 
 
 def test_an_unknown_instruction_set_is_refused_by_name():
-    code = "import torch, pyalign\ntry:\n    pyalign.topk_logprobs(torch.zeros(2), 1)\nexcept Exception as e:\n    print(e)"
+    call = "pyalign.topk_logprobs(torch.zeros(2), 1)"
+    code = f"import torch, pyalign\ntry:\n    {call}\nexcept Exception as e:\n    print(e)"
     assert "PYALIGN_CPU_ISA: got 'sse9'; wanted one of " in python(code, PYALIGN_CPU_ISA="sse9")
 
 
