@@ -2,6 +2,8 @@
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false
 # pyright: reportUntypedFunctionDecorator=false, reportPossiblyUnboundVariable=false
 # pyright: reportOperatorIssue=false, reportArgumentType=false, reportAssignmentType=false
+# A kernel function called from Python raises: a type checker believes that none returns.
+# pyright: reportGeneralTypeIssues=false
 """What every kernel is made of: float32 functions, softmax states, rows in memory, tokens, the launch.
 
 The functions are those of ``csrc/common/math.h`` and ``distill.h``, over Triton tensors. One program serves one row.

@@ -2,6 +2,8 @@
 # pyright: reportMissingParameterType=false, reportUnknownParameterType=false
 # pyright: reportUntypedFunctionDecorator=false, reportPossiblyUnboundVariable=false
 # pyright: reportOperatorIssue=false, reportArgumentType=false
+# A kernel function called from Python raises: a type checker believes that none returns.
+# pyright: reportGeneralTypeIssues=false
 """Distillation losses and top-k extraction in Triton: the twin of ``csrc/common/distill.h``.
 
 With p = softmax(teacher / T), q = softmax(student / T) and d = log q - log p, a program walks its row to
@@ -559,7 +561,8 @@ def topk_distill_kernel(
                     rest_p = tl.load(residual + teacher_number, mask=exists, other=float("nan"))
                     rest_p = rest_p.to(tl.float32)
                 else:
-                    rest_p = log1mexp(teacher_max + log_positive(teacher_sum))
+                    everything = tl.sum(present.to(tl.int32), 0) == vocab
+                    rest_p = tl.where(everything, -INFINITY, log1mexp(teacher_max + log_positive(teacher_sum)))
                 entries_max = teacher_max
                 teacher_max = tl.maximum(entries_max, rest_p)
                 teacher_sum *= exp_nonpositive(entries_max - teacher_max)

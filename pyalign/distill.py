@@ -40,7 +40,8 @@ class TopKLogprobs(NamedTuple):
 
     ``logprobs`` (..., k), any floating dtype, natural logs; ``indices`` (..., k), int32 or int64, where -1 (with
     log-prob -inf) marks a missing entry; ``residual`` (...), the log of the mass outside the k entries, or None for
-    ``log(1 - sum exp(logprobs))``; ``temperature``, at which the log-probs were taken.
+    ``log(1 - sum exp(logprobs))``, and for no mass at all where the entries are the whole vocabulary; ``temperature``,
+    at which the log-probs were taken.
     """
 
     logprobs: Tensor

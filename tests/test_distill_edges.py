@@ -696,7 +696,7 @@ def test_a_row_without_any_entry(engine: Engine):
 
 
 @pytest.mark.parametrize("k", [1, 5])
-@quick_engine
+@every_engine
 def test_all_entries_stored_without_a_residual(engine: Engine, k: int):
     """k = V and rounded log-probs: what rounding leaves over is no rest, for there is none."""
     student, teacher = pair(engine, 3, k)

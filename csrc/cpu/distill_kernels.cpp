@@ -331,14 +331,16 @@ struct Categories {
 };
 
 template <class D>
-Categories categorize(const D& divergence, Tail tail, const TopK& teacher, int64_t teacher_row, Entry* entries,
-                      int64_t count, const double* members, Softmax<double> rest, double inverse_temperature) {
+Categories categorize(const D& divergence, Tail tail, const TopK& teacher, int64_t teacher_row, int64_t vocab,
+                      Entry* entries, int64_t count, const double* members, Softmax<double> rest,
+                      double inverse_temperature) {
     Softmax<double> student;  // of the categories
     for (int64_t i = 0; i < count; ++i) student = fold(student, members[i], inverse_temperature);
     if (tail != Tail::kRenormalize) student = merge(student, rest, inverse_temperature);
     const double log_student = log_positive(student.sum);
 
-    const double residual = tail == Tail::kBucket ? cpu::residual_of(teacher, teacher_row, entries, count) : -kInfinity;
+    const double residual =
+        tail == Tail::kBucket ? cpu::residual_of(teacher, teacher_row, vocab, entries, count) : -kInfinity;
     double log_teacher = 0;
     if (tail != Tail::kDrop) {
         // Stored log-probs are rounded: the categories are normalised again, or their KL could be negative.
@@ -388,8 +390,8 @@ Categories categorize(const D& divergence, Tail tail, const TopK& teacher, int64
 Categories categorize(const TopKDistillArgs& args, int64_t teacher_row, Entry* entries, int64_t count,
                       const double* members, Softmax<double> rest) {
     const auto run = [&](const auto& divergence) {
-        return categorize(divergence, args.tail, args.teacher, teacher_row, entries, count, members, rest,
-                          1 / args.options.temperature);
+        return categorize(divergence, args.tail, args.teacher, teacher_row, args.options.vocab, entries, count, members,
+                          rest, 1 / args.options.temperature);
     };
     switch (args.options.divergence) {
         case Divergence::kReverseKL: return run(ReverseKL<double>{});

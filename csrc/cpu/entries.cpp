@@ -45,8 +45,9 @@ int64_t sorted_entries(const TopK& teacher, int64_t teacher_row, int64_t vocab, 
     return count;
 }
 
-double residual_of(const TopK& teacher, int64_t teacher_row, const Entry* entries, int64_t count) {
+double residual_of(const TopK& teacher, int64_t teacher_row, int64_t vocab, const Entry* entries, int64_t count) {
     if (teacher.residual) return value_at(teacher.residual, teacher.dtype, teacher_row);
+    if (count == vocab) return -INFINITY;
     Softmax<double> state;
     for (int64_t i = 0; i < count; ++i) state = fold(state, entries[i].value, 1.0);
     const double log_sum = state.max + std::log(state.sum);

@@ -39,7 +39,8 @@ constexpr int64_t kCandidatesPerEntry = 4;  // room for candidates while the k l
 bool is_counted(const Tokens& tokens, int64_t row);
 // The teacher's entries for this row, by ascending index; -1 where an index is out of range or stands twice.
 int64_t sorted_entries(const TopK& teacher, int64_t teacher_row, int64_t vocab, Entry* entries);
-double residual_of(const TopK& teacher, int64_t teacher_row, const Entry* entries, int64_t count);
+// The log of the teacher's mass outside its entries, of which there is none where they are the whole vocabulary.
+double residual_of(const TopK& teacher, int64_t teacher_row, int64_t vocab, const Entry* entries, int64_t count);
 void sort_by_index(Entry* entries, int64_t count);
 void sort_by_value(Entry* entries, int64_t count);  // descending, equals by ascending index
 

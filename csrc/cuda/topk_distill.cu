@@ -71,6 +71,12 @@ struct Bitmap {
         return atomicOr(&words[(element - origin) >> 5], bit) & bit;
     }
     __device__ __forceinline__ void clear(int element) const { words[(element - origin) >> 5] = 0; }
+    // Whether all elements of the row are set; all threads of the block must ask.
+    __device__ __forceinline__ bool covers(int64_t vocab) const {
+        bool open = false;
+        for (int64_t i = threadIdx.x; i < vocab; i += blockDim.x) open |= !of<1>(int(i));
+        return !__syncthreads_or(open);
+    }
     template <int N>
     __device__ __forceinline__ uint32_t of(int element) const {
         return words[(element - origin) >> 5] >> ((element - origin) & 31) & ((1u << N) - 1);
@@ -194,9 +200,10 @@ __global__ void __launch_bounds__(kMostThreads, 1) topk_distill_rows(const TopKP
         const Softmax<float> student_state = tail == Tail::kRenormalize ? states.members : all;
         float residual = -INFINITY;
         if (tail == Tail::kBucket) {
-            residual = params.teacher.residual
-                           ? load_float(params.teacher.residual, params.teacher.dtype, token.teacher)
-                           : log1mexp(fminf(states.entries.max + log_positive(states.entries.sum), 0.f));
+            if (params.teacher.residual)
+                residual = load_float(params.teacher.residual, params.teacher.dtype, token.teacher);
+            else if (params.teacher.k < p.vocab || !bitmap.covers(p.vocab))
+                residual = log1mexp(fminf(states.entries.max + log_positive(states.entries.sum), 0.f));
         }
         // Stored log-probs are rounded: the categories are normalised again, or their KL could be negative.
         Softmax<float> teacher_state{0.f, 1.f};

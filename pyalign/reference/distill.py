@@ -185,11 +185,11 @@ def topk_distill(
     log_q = torch.where(present, log_q_all.gather(-1, flat_index), NEG_INF)
 
     if tail == "bucket":
-        if log_rest_p is None:
-            log_rest_p = log1mexp(torch.logsumexp(log_p, -1))
         member = torch.zeros(count, vocab + 1, dtype=torch.bool, device=student.device)
         member = member.scatter(-1, torch.where(present, flat_index, vocab), True)[:, :vocab]
         nothing_left = member.all(-1)
+        if log_rest_p is None:
+            log_rest_p = log1mexp(torch.logsumexp(log_p, -1)).masked_fill(nothing_left, NEG_INF)
         rest = log_q_all.masked_fill(member & ~nothing_left[:, None], NEG_INF)
         only_zeros = nothing_left | (rest == NEG_INF).all(-1)
         rest = torch.where(only_zeros[:, None], 0.0, rest)
