@@ -188,7 +188,7 @@ def test_wheel_holds_pyalign_and_nothing_else(distributions: tuple[Path, Path]):
     assert {name.partition("/")[0] for name in names} == {"pyalign", f"pyalign-{__version__}.dist-info"}
     assert {"pyalign/py.typed", "pyalign/_C.pyi", "pyalign/kernels/__init__.py"} <= set(names)
     metadata = archive.read(f"pyalign-{__version__}.dist-info/METADATA").decode()
-    requirements = re.findall(r"^Requires-Dist: ([^;]*)$", metadata, re.MULTILINE)
+    requirements = re.findall(r"^Requires-Dist: ([^;\n]*)$", metadata, re.MULTILINE)
     assert requirements == ["torch>=2.8", "numpy"]
     native = [name for name in names if ".so" in name]
     assert native == [f"pyalign/_C{sysconfig.get_config_var('EXT_SUFFIX')}"]
