@@ -34,6 +34,17 @@ double row_factor(const Tokens& tokens, int64_t row, double denominator) {
     return factor;
 }
 
+int64_t teacher_row_of(const Tokens& tokens, int64_t row) {
+    return tokens.teacher_rows && row >= 0 ? tokens.teacher_rows[row] : row;
+}
+
+// The first counted row after `row` and before `end`, or -1.
+int64_t next_counted(const Tokens& tokens, int64_t row, int64_t end) {
+    while (++row < end)
+        if (cpu::is_counted(tokens, row)) return row;
+    return -1;
+}
+
 template <class F>
 void write_uncounted(const Outputs& out, void* row_loss, int64_t row) {
     if (row_loss) put<F>(row_loss, row, 0);
@@ -202,19 +213,23 @@ void distill_rows(const DistillArgs& args, D divergence, double denominator, voi
         (1 - options.hard_weight) * (options.temperature_squared ? options.temperature * options.temperature : 1);
     const double far_loss = kFarLoss<double>;
     T* const scratch = reinterpret_cast<T*>(span.scratch);
+    Ahead student_ahead, teacher_ahead;
 
     for (int64_t row = span.begin; row < span.end; ++row) {
         if (!cpu::is_counted(args.tokens, row)) {
             write_uncounted<F>(out, row_loss, row);
             continue;
         }
+        const int64_t next = next_counted(args.tokens, row, span.end);
+        const int64_t teacher_row = teacher_row_of(args.tokens, row);
+        student_ahead.start(args.student, row, next, vocab);
+        teacher_ahead.start(args.teacher, teacher_row, teacher_row_of(args.tokens, next), vocab);
 
         // Fold
-        const int64_t teacher_row = args.tokens.teacher_rows ? args.tokens.teacher_rows[row] : row;
         const T* const student = row_as(args.student, row, vocab, scratch);
         const T* const teacher = row_as(args.teacher, teacher_row, vocab, scratch + vocab);
-        const Softmax<double> student_state = fold_row(student, vocab, inverse_temperature);
-        const Softmax<double> teacher_state = fold_row(teacher, vocab, inverse_temperature);
+        const Softmax<double> student_state = fold_row(student, vocab, inverse_temperature, &student_ahead);
+        const Softmax<double> teacher_state = fold_row(teacher, vocab, inverse_temperature, &teacher_ahead);
         const RowPair<T> pair{finish<F>(student_state, teacher_state, inverse_temperature),
                               ScaledExp<F>(inverse_temperature), student, teacher};
         const HardTerm<T> hard(args.tokens, options, row, student, student_state);
@@ -229,6 +244,8 @@ void distill_rows(const DistillArgs& args, D divergence, double denominator, voi
         if (D::kMapNeedsSums || !map)
             for (int64_t first = 0; first < vocab; first += kBlock) {
                 const int64_t count = minimum(kBlock, vocab - first);
+                student_ahead.map();
+                teacher_ahead.map();
                 sums = sums + (sums.loss > far_loss ? sum_block(divergence.far(), pair, first, count)
                                                     : sum_block(divergence, pair, first, count));
             }
@@ -240,6 +257,8 @@ void distill_rows(const DistillArgs& args, D divergence, double denominator, voi
             RowWriter<F> writer(row_of(out.gradient, row), out.gradient.dtype, span.stream);
             for (int64_t first = 0; first < vocab; first += kBlock) {
                 const int64_t count = minimum(kBlock, vocab - first);
+                student_ahead.map();
+                teacher_ahead.map();
                 F* const gradient = writer.block();
                 const bool far = sums.loss > far_loss;
                 if (D::kMapNeedsSums) {
@@ -297,7 +316,7 @@ void distill(const DistillArgs& args, double denominator, void* row_loss, Span s
 // The state of all entries of a row that are not in the set; the set's logits go to `members`.
 template <class T>
 Softmax<double> fold_rest(const T* x, int64_t vocab, double inverse_temperature, const Entry* entries, int64_t count,
-                          double* members) {
+                          double* members, Ahead* ahead) {
     using F = ValueOf<T>;
     RowFold<F> fold(inverse_temperature);
     alignas(64) F patched[kBlock];
@@ -305,6 +324,7 @@ Softmax<double> fold_rest(const T* x, int64_t vocab, double inverse_temperature,
     for (int64_t first = 0; first < vocab; first += kBlock) {
         const T* const block = x + first;
         const int64_t length = minimum(kBlock, vocab - first);
+        ahead->fold(first);
         if (entry == count || entries[entry].index >= first + length) {
             fold.add(block, length);
             continue;
@@ -422,22 +442,24 @@ void topk_distill_rows(const TopKDistillArgs& args, double denominator, void* ro
         (1 - options.hard_weight) * (options.temperature_squared ? options.temperature * options.temperature : 1);
     Entry* const entries = reinterpret_cast<Entry*>(span.scratch);
     double* const members = reinterpret_cast<double*>(entries + args.teacher.k);
+    Ahead ahead;
 
     for (int64_t row = span.begin; row < span.end; ++row) {
         if (!cpu::is_counted(args.tokens, row)) {
             write_uncounted<F>(out, row_loss, row);
             continue;
         }
+        ahead.start(args.student, row, next_counted(args.tokens, row, span.end), vocab);
 
         // Fold
-        const int64_t teacher_row = args.tokens.teacher_rows ? args.tokens.teacher_rows[row] : row;
+        const int64_t teacher_row = teacher_row_of(args.tokens, row);
         const int64_t count = cpu::sorted_entries(args.teacher, teacher_row, vocab, entries);
         if (count < 0) {  // the caller raises
             if (row_loss) put<F>(row_loss, row, kNaN);
             continue;
         }
         const T* const student = reinterpret_cast<const T*>(row_of(args.student, row));
-        const Softmax<double> rest = fold_rest(student, vocab, inverse_temperature, entries, count, members);
+        const Softmax<double> rest = fold_rest(student, vocab, inverse_temperature, entries, count, members, &ahead);
         Softmax<double> all = rest;
         for (int64_t i = 0; i < count; ++i) all = fold(all, members[i], inverse_temperature);
         const HardTerm<T> hard(args.tokens, options, row, student, all);
@@ -462,6 +484,7 @@ void topk_distill_rows(const TopKDistillArgs& args, double denominator, void* ro
         for (int64_t first = 0; first < vocab; first += kBlock) {
             const int64_t length = minimum(kBlock, vocab - first);
             const T* const s = student + first;
+            ahead.map();
             F* const block = writer.block();
             if (args.tail == Tail::kRenormalize) {
                 std::memset(block, 0, length * sizeof(F));
@@ -587,13 +610,15 @@ void topk_rows(const TopKArgs& args, Span span) {
     Entry* const entries = reinterpret_cast<Entry*>(span.scratch);
     double* const members = reinterpret_cast<double*>(entries + cpu::kCandidatesPerEntry * args.k);
     F* const maxima = reinterpret_cast<F*>(members + args.k);
+    Ahead ahead;
 
     for (int64_t row = span.begin; row < span.end; ++row) {
         const T* const logits = reinterpret_cast<const T*>(row_of(args.logits, row));
+        ahead.start(args.logits, row, row + 1 < span.end ? row + 1 : -1, args.vocab);
         const bool valid = select(logits, args.vocab, args.k, maxima, entries);
         const int64_t count = valid ? args.k : 0;
         cpu::sort_by_index(entries, count);
-        const Softmax<double> rest = fold_rest(logits, args.vocab, inverse_temperature, entries, count, members);
+        const Softmax<double> rest = fold_rest(logits, args.vocab, inverse_temperature, entries, count, members, &ahead);
         Softmax<double> all = rest;
         for (int64_t i = 0; i < count; ++i) all = fold(all, members[i], inverse_temperature);
         cpu::sort_by_value(entries, count);

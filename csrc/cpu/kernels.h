@@ -30,7 +30,7 @@ struct Kernels {
     void (*scale)(void* x, Dtype, int64_t begin, int64_t end, double factor);
 };
 
-constexpr int64_t kBlock = 1024;
+constexpr int64_t kBlock = 512;
 constexpr int64_t kGroup = 64;
 constexpr int64_t kCandidatesPerEntry = 4;  // room for candidates while the k largest entries are searched
 
