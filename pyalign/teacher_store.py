@@ -176,8 +176,7 @@ class TeacherStoreWriter:
 
     Args:
         directory: where the store is or will be.
-        manifest: what it holds. A manifest already there must be the same in everything that decides the
-        rows.
+        manifest: what it holds. One already there must be the same in everything that decides the rows.
 
     Raises:
         StoreError: the store there was made with other settings, or by another version.
@@ -265,8 +264,8 @@ class TeacherStore:
         ):
             raise StoreError(
                 f"{self.directory} is damaged: its shards hold {len(self.lengths)} sequences of "
-                f"{self.lengths.sum()} "
-                f"tokens, its manifest says {self.manifest.num_sequences} of {self.manifest.num_tokens}"
+                f"{self.lengths.sum()} tokens, its manifest says {self.manifest.num_sequences} of "
+                f"{self.manifest.num_tokens}"
             )
 
     def _open(self, shard: int) -> Any:

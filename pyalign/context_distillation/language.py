@@ -111,10 +111,9 @@ def load(
 
     Args:
         path: the directory, or a ``.gguf`` file.
-        gguf_file: the GGUF file's name in the directory; needed only where it holds several, or a
-        config.json. dtype: "auto" (bfloat16 where the device multiplies it in hardware, else float32),
-        "float32" or
-            "bfloat16".
+        gguf_file: the GGUF file's name in the directory; needed only where it holds several, or a config.json.
+        dtype: "float32", "bfloat16", or "auto": bfloat16 where the device multiplies it in hardware, else float32.
+        device: where the model goes.
 
     Raises:
         JobError: no such directory, or no model in it.
@@ -163,9 +162,7 @@ def _locate(path: Path, gguf_file: str | None) -> tuple[Path, str | None]:
 
 
 def _split_head(model: Any) -> tuple[Callable[..., Any] | None, Callable[[Tensor], Tensor], int]:
-    """Body and head, if head(body(x)) are the model's logits to the bit on a probe; else the model as a
-    whole.
-    """
+    """Body, head and vocabulary: apart if head(body(x)) are the model's logits to the bit on a probe, else whole."""
     probe = torch.arange(4, device=model.device)[None]
     with torch.inference_mode():
         logits = model(input_ids=probe, use_cache=False).logits

@@ -31,9 +31,7 @@ class LossCost(NamedTuple):
 
 
 def torch_topk_loss(logits: Tensor, teacher: TopKLogprobs) -> Tensor:
-    """Mean KL(teacher || student) over k+1 categories as one writes it with torch: logits (T, V), teacher (T,
-    k).
-    """
+    """Mean KL(teacher || student) over k+1 categories as one writes it with torch: logits (T, V), teacher (T, k)."""
     log_q = torch.log_softmax(logits.float(), -1)
     indices = teacher.indices.long()
     rest = log_q.scatter(-1, indices, -torch.inf).logsumexp(-1, keepdim=True)
@@ -44,9 +42,7 @@ def torch_topk_loss(logits: Tensor, teacher: TopKLogprobs) -> Tensor:
 
 
 def measure(implementation: str, rows: int, vocab: int, k: int, dtype: torch.dtype, device: torch.device) -> LossCost:
-    """Measure in this process. On a CPU the peak is that of the resident set, on a GPU that of torch's
-    allocator.
-    """
+    """Measure in this process: on a CPU the peak is the resident set's, on a GPU that of torch's allocator."""
     if device.type == "cpu":
         _loss_and_gradient(implementation, *_inputs(8, 64, 4, dtype, device))  # loads code, starts threads
     logits, teacher = _inputs(rows, vocab, k, dtype, device)

@@ -69,16 +69,20 @@ def report(
     exact_sequences: int = 16,
     on_part: Callable[[str], None] = lambda part: None,
 ) -> Figures:
-    """Measure and write the report. ``lm`` is the model before training; the trained one is loaded from its
-    directory.
+    """Measure and write the report.
 
     Both models are in memory at once. Killed, it leaves no half-written file and is simply run again.
 
     Args:
-        samples: texts to continue with the plain, the prompted and the distilled model; none given, the
-        beginnings of
-            the first two held-out sequences.
+        lm: the model before training.
+        store: what it was trained on.
+        train_directory: where ``train`` left the log and the trained model, which is loaded from there.
+        directory: where the report goes.
+        samples: texts to continue with the plain, the prompted and the distilled model; none given, the beginnings
+            of the first two held-out sequences.
+        sample_tokens: length of a continuation.
         exact_sequences: on how many held-out sequences to compute the KL over the whole vocabulary too.
+        on_part: told what is measured next.
 
     Raises:
         JobError: training has not finished.

@@ -28,8 +28,10 @@ PAPER_FACTOR = 0.05  # the paper's learning rate, as a fraction of pretraining's
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The defaults are the paper's where it has one: k+1 categories, batches of 32, a rate of 0.05 times
-    pretraining's (3e-3 is usual for models of some 100 million parameters) falling linearly to 0, one pass.
+    """How the student is trained; the defaults are the paper's where it has one.
+
+    Those are k+1 categories, batches of 32, one pass, and a rate of 0.05 times pretraining's (3e-3 is usual for
+    models of some 100 million parameters) falling linearly to 0.
     """
 
     epochs: int = 1
@@ -203,8 +205,7 @@ def train(
     on_start: Callable[[int, int], None] = lambda done, total: None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> TrainResult:
-    """Lower the divergence from the stored teacher; ``lm`` changes in place and is saved in
-    ``directory/model``.
+    """Lower the divergence from the stored teacher; ``lm`` changes in place and is saved in ``directory/model``.
 
     A step is ``batch_size`` sequences, divided into micro-batches whose losses share the step's number of
     tokens as their denominator: accumulation changes nothing but rounding. Each epoch's order is a
@@ -252,10 +253,9 @@ def train(
             if before < settings.min_prompt_effect:
                 raise JobError(
                     f"the prompt hardly changes the model: KL(prompted || plain) is {before:.2g} nats per "
-                    f"held-out token, below min_prompt_effect = {settings.min_prompt_effect:g}. There is "
-                    "next to "
-                    "nothing to distil: give another prompt or other texts, or --min-prompt-effect 0 to "
-                    "train all the same"
+                    f"held-out token, below min_prompt_effect = {settings.min_prompt_effect:g}. There is next to "
+                    "nothing to distil: give another prompt or other texts, or --min-prompt-effect 0 to train all "
+                    "the same"
                 )
             log.add(event="eval", step=0, held_out_kl=before)
 
