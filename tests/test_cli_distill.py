@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -27,20 +28,20 @@ from pyalign.context_distillation import JobError  # noqa: E402
 from pyalign.context_distillation.collect import CollectSettings, PromptedModel, collect, topk_rows  # noqa: E402
 from pyalign.context_distillation.evaluate import exact_comparison, stored_kl  # noqa: E402
 from pyalign.context_distillation.language import CausalLM, choose_dtype, load  # noqa: E402
+from pyalign.context_distillation.log import Log, read_log  # noqa: E402
 from pyalign.context_distillation.loss_cost import measure, torch_topk_loss  # noqa: E402
 from pyalign.context_distillation.report import report  # noqa: E402
 from pyalign.context_distillation.texts import Record, is_held_out, make_sequences, read_records  # noqa: E402
 from pyalign.context_distillation.train import (  # noqa: E402
     MasterWeights,
     TrainSettings,
-    read_log,
     schedule,
     select_parameters,
     train,
     unchanged,
 )
 from pyalign.distill import distillation_loss, topk_distillation_loss, topk_logprobs  # noqa: E402
-from pyalign.teacher_store import TeacherStore  # noqa: E402
+from pyalign.teacher_store import TeacherStore, TeacherStoreWriter  # noqa: E402
 
 PROMPT = "Say yes, gladly.\n\n"
 CHUNK = 36
@@ -288,6 +289,56 @@ def test_collecting_again_changes_nothing(lm: CausalLM, texts: Path, finished: P
     total = sum(len(s.tokens) for s in sequences)
     assert started == [(total, total)]
     assert {p.name: p.read_bytes() for p in (finished / "store").glob("*.safetensors")} == before
+
+
+def logged_shards(store: Path) -> list[int]:
+    return sorted(json.loads(line)["shard"] for line in (store / "collect.jsonl").read_text().splitlines())
+
+
+def test_a_log_line_cut_by_a_kill_hides_no_shard(lm: CausalLM, texts: Path, finished: Path, tmp_path: Path):
+    store = tmp_path / "store"
+    shutil.copytree(finished / "store", store)
+    whole = logged_shards(store)
+    for shard in whole[7:]:
+        (store / f"shard-{shard:05d}.safetensors").unlink()
+    lines = (store / "collect.jsonl").read_text().splitlines(keepends=True)
+    (store / "collect.jsonl").write_text("".join(lines[:7]) + lines[7][:20])
+    collect(lm, sequences_of(lm, texts), COLLECT, store)
+    assert logged_shards(store) == whole == list(range(TeacherStore(store).manifest.num_shards))
+
+
+def test_a_shard_is_logged_once_wherever_its_writer_stops(
+    lm: CausalLM, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    sequences = sequences_of(lm, texts)
+    write = TeacherStoreWriter.write
+
+    def stopped(when: str, shard: int) -> Callable[..., None]:
+        def write_or_stop(writer: TeacherStoreWriter, number: int, rows: Any) -> None:
+            if number == shard and when == "before":
+                raise KeyboardInterrupt
+            write(writer, number, rows)
+            if number == shard:
+                raise KeyboardInterrupt
+
+        return write_or_stop
+
+    for when, shard in (("before", 2), ("after", 4)):
+        monkeypatch.setattr(TeacherStoreWriter, "write", stopped(when, shard))
+        with pytest.raises(KeyboardInterrupt):
+            collect(lm, sequences, COLLECT, tmp_path)
+    monkeypatch.setattr(TeacherStoreWriter, "write", write)
+    collect(lm, sequences, COLLECT, tmp_path)
+    assert logged_shards(tmp_path) == list(range(TeacherStore(tmp_path).manifest.num_shards))
+
+
+def test_a_log_keeps_whole_lines_that_still_hold(tmp_path: Path):
+    path = tmp_path / "log.jsonl"
+    assert read_log(path) == []
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}')  # whole, but for the end of its line
+    log = Log(path, keep=lambda entry: entry["step"] != 2)
+    log.add(step=4)
+    assert read_log(path) == log.entries == [{"step": 1}, {"step": 3}, {"step": 4}]
 
 
 def test_topk_rows_in_chunks(lm: CausalLM):
@@ -656,7 +707,7 @@ def same_store(one: Path, other: Path) -> None:
     for name in names:
         assert (one / name).read_bytes() == (other / name).read_bytes()
     tokens = [json.loads(line)["tokens"] for line in (other / "collect.jsonl").read_text().splitlines()]
-    assert sum(tokens) <= TeacherStore(other).manifest.num_tokens  # no shard is counted twice
+    assert sum(tokens) == TeacherStore(other).manifest.num_tokens  # no shard is lost or counted twice
 
 
 def same_training(one: Path, other: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor
 from pyalign._files import exclusive
 from pyalign.context_distillation import JobError
 from pyalign.context_distillation.language import CausalLM, head_chunks
+from pyalign.context_distillation.log import Log
 from pyalign.context_distillation.texts import TokenSequence, sequences_digest
 from pyalign.distill import TopKLogprobs, topk_logprobs
 from pyalign.teacher_store import Manifest, SequenceRows, TeacherStoreWriter, text_digest
@@ -91,7 +91,8 @@ def collect(
     """Make the store, or go on with it: shards that are there stay, the others are computed.
 
     Each shard is computed from its own sequences alone, so an interrupted and an uninterrupted run write the
-    same bytes. ``collect.jsonl`` in the store keeps the seconds of each shard. ``on_start`` is told the
+    same bytes. ``collect.jsonl`` in the store keeps the tokens of each shard and the seconds since the entry
+    before, so that every token is counted once, however often the job was stopped. ``on_start`` is told the
     tokens already stored and all there are, ``on_tokens`` how many were done since.
 
     Raises:
@@ -143,19 +144,22 @@ def collect(
         if not missing:
             return manifest
         teacher = PromptedModel(lm, settings.prompt, prompt_cache=settings.prompt_cache)
+        log = Log(directory / "collect.jsonl", keep=lambda entry: entry["shard"] not in missing)
+        begin = time.perf_counter()
         for shard in missing:
-            begin = time.perf_counter()
             chosen = [sequences[i] for i in manifest.shard_range(shard)]
             rows = _shard_rows(teacher, chosen, settings, on_tokens)
+            now = time.perf_counter()
+            # The entry comes first: one without its shard is removed on the next start, a shard without its
+            # entry would stay uncounted.
+            log.add(
+                shard=shard,
+                tokens=sum(r.tokens.numel() for r in rows),
+                seconds=round(now - begin, 3),
+                prompt_cache=teacher.uses_cache,
+            )
             writer.write(shard, rows)
-            entry = {
-                "shard": shard,
-                "tokens": sum(r.tokens.numel() for r in rows),
-                "seconds": round(time.perf_counter() - begin, 3),
-                "prompt_cache": teacher.uses_cache,
-            }
-            with open(directory / "collect.jsonl", "a", encoding="utf-8") as log:
-                log.write(json.dumps(entry) + "\n")
+            begin = now
     return manifest
 
 

@@ -22,8 +22,9 @@ from pyalign.context_distillation.evaluate import (
     fraction_left,
 )
 from pyalign.context_distillation.language import CausalLM, load
+from pyalign.context_distillation.log import read_log
 from pyalign.context_distillation.loss_cost import LossCost, measure_apart
-from pyalign.context_distillation.train import held_out_kls, read_log
+from pyalign.context_distillation.train import held_out_kls
 from pyalign.teacher_store import TeacherStore
 
 
@@ -152,8 +153,7 @@ def report(
 
 def _collect_log(directory: Path) -> tuple[int, float]:
     """Tokens and seconds of the shards in the log."""
-    path = directory / "collect.jsonl"
-    entries = read_log(path) if path.exists() else []
+    entries = read_log(directory / "collect.jsonl")
     return sum(e["tokens"] for e in entries), sum(e["seconds"] for e in entries)
 
 

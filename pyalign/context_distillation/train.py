@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from pyalign.context_distillation import JobError
 from pyalign.context_distillation.checkpoint import checkpoint_settings, load_checkpoint, save_checkpoint
 from pyalign.context_distillation.evaluate import stored_kl
 from pyalign.context_distillation.language import CausalLM
+from pyalign.context_distillation.log import Log, read_log
 from pyalign.distill import topk_distillation_loss
 from pyalign.teacher_store import TeacherBatch, TeacherStore
 
@@ -162,35 +162,6 @@ class Stopwatch:
         return seconds
 
 
-class TrainLog:
-    """``train.jsonl``: an object per line, synced; those after the checkpoint resumed from are dropped."""
-
-    def __init__(self, path: Path, resumed_step: int | None):
-        self._path = path
-        lines = read_log(path) if resumed_step is not None and path.exists() else []
-        kept = [e for e in lines if resumed_step is not None and e["step"] <= resumed_step]
-        write_text(path, "".join(json.dumps(e) + "\n" for e in kept))
-        self.entries = kept
-
-    def add(self, **entry: Any) -> None:
-        self.entries.append(entry)
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log; the last may be cut where the writer was killed."""
-    entries: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break
-    return entries
-
-
 def held_out_kls(log: list[dict[str, Any]]) -> list[tuple[int, float]]:
     """(step, held-out KL) of a log."""
     return [(e["step"], e["held_out_kl"]) for e in log if e["event"] == "eval"]
@@ -244,7 +215,7 @@ def train(
         if resumed:
             step = load_checkpoint(checkpoint, masters.by_name, optimizer)
             masters.publish()
-        log = TrainLog(log_path, step if resumed else None)
+        log = Log(log_path, keep=lambda entry: resumed and entry["step"] <= step)
         held_out = store.split(held_out=True)
         on_start(step, len(plan))
 
