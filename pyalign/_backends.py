@@ -11,6 +11,7 @@ import contextvars
 import functools
 import importlib
 import os
+import warnings
 from collections.abc import Generator
 from typing import Any, NamedTuple
 
@@ -19,7 +20,9 @@ import torch
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GPU_TOPK_LIMIT = 256
+_TRITON_TOPK_VOCAB = 1 << 18
 
+_warned: set[str] = set()
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("pyalign_backend", default=None)
 
 
@@ -45,6 +48,7 @@ def _known(name: str | None, source: str) -> str | None:
 class Choice(NamedTuple):
     backend: str
     reason: str
+    warning: str = ""  # for a call that kernels should serve and don't
 
 
 @functools.cache
@@ -65,14 +69,21 @@ def _cuda_refusal(index: int) -> str:
     if not hasattr(module, "cuda"):
         return "this build of pyalign has no CUDA kernels (no nvcc when it was installed)"
     capability = torch.cuda.get_device_capability(index)
-    wanted = 10 * capability[0] + capability[1]
-    for target in module.build_info()["cuda_archs"]:
-        kind, _, number = target.partition("_")  # "sm_90" runs on its own generation, "compute_90" on any later GPU
-        arch = int(number.rstrip("a"))
-        if arch <= wanted and (kind == "compute" or arch // 10 == capability[0]):
-            return ""
-    targets = ", ".join(module.build_info()["cuda_archs"])
-    return f"the CUDA kernels were built for {targets}, not for compute capability {capability[0]}.{capability[1]}"
+    targets: list[str] = module.build_info()["cuda_archs"]
+    if any(_runs_on(target, capability) for target in targets):
+        return ""
+    built = ", ".join(targets)
+    return f"the CUDA kernels were built for {built}, not for compute capability {capability[0]}.{capability[1]}"
+
+
+def _runs_on(target: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU runs what was compiled for ``target``: "90" serves its own generation from 9.0 on, "90a" 9.0 alone,
+    "90+PTX" every later GPU."""
+    number = target.removesuffix("+PTX")
+    built = divmod(int(number.rstrip("a")), 10)
+    if number.endswith("a"):
+        return built == capability
+    return built <= capability and (number != target or built[0] == capability[0])
 
 
 @functools.cache
@@ -86,8 +97,11 @@ def _triton_refusal(device_type: str) -> str:
     return ""
 
 
-def refusal(name: str, device: torch.device, dtype: torch.dtype, k: int = 0) -> str:
-    """Why backend ``name`` can't serve logits of this device and dtype; empty if it can."""
+def refusal(name: str, device: torch.device, dtype: torch.dtype, k: int = 0, vocab: int = 0) -> str:
+    """Why backend ``name`` can't serve logits of this device and dtype; empty if it can.
+
+    ``k`` and ``vocab`` are for the extraction of the ``k`` largest of ``vocab`` logits.
+    """
     if name == "reference":
         return ""
     if name == "cpu":
@@ -104,40 +118,57 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype, k: int = 0) -> 
         return _cuda_refusal(device.index or 0)
     if device.type not in ("cpu", "cuda", "xpu"):
         return f"the tensors are on {device.type}"
+    if vocab > _TRITON_TOPK_VOCAB:
+        return f"{vocab} logits per row are over the Triton kernel's limit of {_TRITON_TOPK_VOCAB}"
     return _triton_refusal(device.type)
 
 
-def choose(device: torch.device, dtype: torch.dtype, k: int = 0) -> Choice:
+def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     """The backend for these tensors, and why."""
-    return _decide(_forced.get(), os.environ.get("PYALIGN_BACKEND"), device.type, device.index, dtype, k)
+    return _decide(_forced.get(), os.environ.get("PYALIGN_BACKEND"), device.type, device.index, dtype, 0, 0)
 
 
 @torch.compiler.assume_constant_result
-def choose_name(device_type: str, device_index: int | None, dtype: torch.dtype, k: int = 0) -> str:
-    """``choose(...).backend``; while torch.compile traces, it is a constant of the graph."""
-    return _decide(_forced.get(), os.environ.get("PYALIGN_BACKEND"), device_type, device_index, dtype, k).backend
+def choose_name(device_type: str, device_index: int | None, dtype: torch.dtype, k: int = 0, vocab: int = 0) -> str:
+    """The backend's name; while torch.compile traces, it is a constant of the graph. Warns, once for each kind of call,
+    where plain torch stands in for kernels that should be there."""
+    variable = os.environ.get("PYALIGN_BACKEND")
+    choice = _decide(_forced.get(), variable, device_type, device_index, dtype, k, vocab)
+    if choice.warning and choice.warning not in _warned:
+        _warned.add(choice.warning)
+        warnings.warn(choice.warning, RuntimeWarning, stacklevel=3)
+    return choice.backend
 
 
 @functools.cache
 def _decide(
-    forced: str | None, variable: str | None, device_type: str, device_index: int | None, dtype: torch.dtype, k: int
+    forced: str | None,
+    variable: str | None,
+    device_type: str,
+    device_index: int | None,
+    dtype: torch.dtype,
+    k: int,
+    vocab: int,
 ) -> Choice:
     device = torch.device(device_type) if device_index is None else torch.device(device_type, device_index)
     source = "pyalign.backend"
     if forced is None:
         forced, source = _known(variable or None, "PYALIGN_BACKEND"), "PYALIGN_BACKEND"
     if forced is not None:
-        why_not = refusal(forced, device, dtype, k)
+        why_not = refusal(forced, device, dtype, k, vocab)
         if why_not:
             raise RuntimeError(f"backend {forced!r}, forced by {source}, can't serve this call: {why_not}")
         return Choice(forced, f"forced by {source}")
     reasons: list[str] = []
     for name in {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device.type, ()):
-        why_not = refusal(name, device, dtype, k)
+        why_not = refusal(name, device, dtype, k, vocab)
         if not why_not:
             return Choice(name, "; ".join([f"default on {device.type}", *reasons]))
         reasons.append(f"not {name}: {why_not}")
-    return Choice("reference", "; ".join(reasons) or f"no kernels for {device.type}")
+    warning = ""
+    if reasons and dtype in (*_KERNEL_DTYPES, *((torch.float64,) if device.type == "cpu" else ())):
+        warning = f"pyalign: plain torch serves {dtype} logits on {device.type}: {'; '.join(reasons)}"
+    return Choice("reference", "; ".join(reasons) or f"no kernels for {device.type}", warning)
 
 
 @functools.cache
