@@ -44,12 +44,17 @@ def per_token(name: str, x: Tensor, shape: torch.Size, device_of: Tensor) -> Non
     same_device(name, x, device_of)
 
 
+def flat(x: Tensor) -> Tensor:
+    """``x`` as one dense dimension: engines read it through its address (and ``reshape`` may keep strides)."""
+    return x.contiguous().view(-1)
+
+
 def integers(name: str, x: Tensor, shape: torch.Size, device_of: Tensor) -> Tensor:
     """``x`` as contiguous int64, flat."""
     per_token(name, x, shape, device_of)
     if x.dtype not in _INTEGERS:
         refuse(name, x.dtype, "an integer dtype", TypeError)
-    return x.to(torch.int64).reshape(-1)
+    return flat(x.to(torch.int64))
 
 
 def temperature(name: str, value: float) -> float:
@@ -80,7 +85,7 @@ def tokens(
             if mask.dtype not in _INTEGERS:
                 refuse("mask", mask.dtype, "bool or an integer dtype (use weight= for weights)", TypeError)
             mask = mask != 0
-        mask = mask.reshape(-1)
+        mask = flat(mask)
     if labels is not None:
         labels = integers("labels", labels, shape, student)
     if teacher_rows is not None:
@@ -91,7 +96,7 @@ def tokens(
             refuse("weight", weight.dtype, "a floating dtype", TypeError)
         if weight.requires_grad and torch.is_grad_enabled():
             refuse("weight", "a tensor that requires grad", "a constant: losses have no gradient for weight")
-        weight = weight.to(dtype).reshape(-1)
+        weight = flat(weight.to(dtype))
     if not 0.0 <= hard_weight <= 1.0:
         refuse("hard_weight", hard_weight, "0 <= hard_weight <= 1")
     if hard_weight > 0:
