@@ -59,14 +59,15 @@ DistillOptions options(const py::tuple& t) {
             t[4].cast<bool>(),    t[5].cast<double>()};
 }
 
-// (k, logprobs, indices, residual, dtype, wide_indices)
+// (k, logprobs, indices, residual, dtype, residual_dtype, wide_indices)
 TopK top_k(const py::tuple& t) {
     return {t[0].cast<int64_t>(),
             pointer<const void>(t[1]),
             pointer<const void>(t[2]),
             pointer<const void>(t[3]),
             static_cast<Dtype>(t[4].cast<int>()),
-            t[5].cast<bool>()};
+            static_cast<Dtype>(t[5].cast<int>()),
+            t[6].cast<bool>()};
 }
 
 // The same functions over either engine; `Execution` is a thread count or a stream.
@@ -99,10 +100,10 @@ void register_distill(py::module_& m, Distill distill, TopKDistill topk_distill,
         py::gil_scoped_release release;
         topk(args, execution(on));
     });
-    m.def("scale", [=](uintptr_t x, int dtype, int64_t count, uintptr_t factor, uintptr_t on) {
+    m.def("scale", [=](const py::tuple& matrix, int64_t count, int64_t width, uintptr_t factor, uintptr_t on) {
+        const Rows x = rows(matrix);
         py::gil_scoped_release release;
-        scale(reinterpret_cast<void*>(x), static_cast<Dtype>(dtype), count, reinterpret_cast<const void*>(factor),
-              execution(on));
+        scale(x, count, width, reinterpret_cast<const void*>(factor), execution(on));
     });
 }
 
@@ -115,6 +116,9 @@ void register_cpu(py::module_ m) {
 #if defined(PYALIGN_WITH_CUDA)
 void register_cuda(py::module_ m) {
     register_distill<cudaStream_t>(m, cuda::distill, cuda::topk_distill, cuda::topk, cuda::scale);
+    m.def("explain_distill", [](int64_t vocab, int dtype, int device) {
+        return cuda::explain_distill(vocab, static_cast<Dtype>(dtype), device);
+    });
 }
 #endif
 
@@ -131,7 +135,7 @@ py::dict build_info() {
 #else
     info["openmp"] = false;
 #endif
-    std::vector<std::string> targets;  // "sm_90", or "compute_120" for PTX
+    std::vector<std::string> targets;  // "90", or "120+PTX"
 #if defined(PYALIGN_WITH_CUDA)
     info["cuda"] = PYALIGN_CUDA_VERSION;
     std::istringstream list(PYALIGN_CUDA_ARCHS);

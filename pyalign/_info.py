@@ -37,11 +37,17 @@ def collect() -> dict[str, Any]:
 def _gpu(index: int) -> dict[str, Any]:
     major, minor = torch.cuda.get_device_capability(index)
     refusal = _backends.refusal("cuda", torch.device("cuda", index), torch.float32)
-    return {
+    gpu: dict[str, Any] = {
         "name": torch.cuda.get_device_name(index),
         "capability": f"{major}.{minor}",
         "cuda_kernels": refusal or "compiled for this GPU",
     }
+    if not refusal:
+        gpu["distillation_kernels"] = {
+            f"{vocab} x bfloat16": _backends.engine("cuda").explain_distill(vocab, torch.bfloat16, index)
+            for vocab in (1024, 32000, 128256, 262144)
+        }
+    return gpu
 
 
 def _triton_version() -> str | None:
@@ -80,6 +86,7 @@ def render(info: dict[str, Any]) -> str:
     for index, gpu in enumerate(info["gpus"]):
         name = f"{gpu['name']}, compute capability {gpu['capability']}"
         lines.append((f"GPU {index}", f"{name}; CUDA kernels: {gpu['cuda_kernels']}"))
+        lines += [(f"  rows of {row}", kernel) for row, kernel in gpu.get("distillation_kernels", {}).items()]
     if not info["gpus"]:
         lines.append(("GPUs", "none that torch sees"))
     interpreter = ", in its interpreter" if triton["interpreter"] else ""

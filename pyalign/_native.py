@@ -63,12 +63,13 @@ class _Outputs:
 
 
 class _Engine:
-    """The engine functions over one submodule of ``_C``. ``_execution`` is a thread count or a stream."""
+    """The engine functions over one submodule of ``_C``."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
 
-    def _execution(self, device: torch.device) -> int:
+    def _call(self, name: str, device: torch.device, *arguments: Any) -> None:
+        """``_C``'s function, told where to run: a thread count or a stream."""
         raise NotImplementedError
 
     def distill(
@@ -85,7 +86,7 @@ class _Engine:
         teacher, teacher_rows = _rows(teacher)
         teacher_count = teacher.shape[:-1].numel()
         return self._loss(
-            self._module.distill,
+            "distill",
             student,
             (teacher_rows,),
             teacher_count,
@@ -111,7 +112,7 @@ class _Engine:
         want_metrics: bool,
     ) -> Results:
         logprobs, indices = logprobs.contiguous(), indices.contiguous()
-        residual = None if residual is None else residual.to(logprobs.dtype).contiguous()
+        residual = None if residual is None else residual.contiguous()
         k = indices.shape[-1]
         teacher = (
             k,
@@ -119,10 +120,11 @@ class _Engine:
             indices.data_ptr(),
             _pointer(residual),
             _DTYPE[logprobs.dtype],
+            _DTYPE[logprobs.dtype if residual is None else residual.dtype],
             indices.dtype == torch.int64,
         )
         return self._loss(
-            self._module.topk_distill,
+            "topk_distill",
             student,
             (teacher, TAILS.index(tail)),
             indices.shape[:-1].numel(),
@@ -135,7 +137,7 @@ class _Engine:
 
     def _loss(
         self,
-        function: Any,
+        name: str,
         student: Tensor,
         teacher: tuple[Any, ...],
         teacher_count: int,
@@ -155,7 +157,9 @@ class _Engine:
         elif gradient is not None:
             gradient_rows = _rows(gradient)[1]
         mask, labels, teacher_index, weight, targets, num_items, upstream, ignore_index, reduction = tokens
-        function(
+        self._call(
+            name,
+            student.device,
             student_rows,
             *teacher,
             (
@@ -169,7 +173,6 @@ class _Engine:
             ),
             (gradient_rows, student.shape[-1], *outputs.pointers()),
             _options(options),
-            self._execution(student.device),
         )
         return outputs.results()
 
@@ -180,32 +183,59 @@ class _Engine:
         indices = torch.empty(count, k, dtype=torch.int64, device=logits.device)
         residual = torch.empty(count, dtype=dtype, device=logits.device)
         pointers = (logprobs.data_ptr(), indices.data_ptr(), residual.data_ptr())
-        self._module.topk(
-            logit_rows, count, logits.shape[-1], k, temperature, *pointers, self._execution(logits.device)
-        )
+        self._call("topk", logits.device, logit_rows, count, logits.shape[-1], k, temperature, *pointers)
         return logprobs, indices, residual
 
     def scale(self, x: Tensor, factor: Tensor) -> None:
-        """x *= factor in place, reading the 0-dim ``factor`` on the device; ``x`` must be dense."""
-        execution = self._execution(x.device)
-        self._module.scale(x.data_ptr(), _DTYPE[x.dtype], x.numel(), factor.data_ptr(), execution)
+        """x *= factor in place, reading the 0-dim ``factor`` on the device; ``x`` is dense, or rows of two strides."""
+        count, width = (1, x.numel()) if x.is_contiguous() else (x.shape[:-1].numel(), x.shape[-1])
+        matrix = (x.data_ptr(), _DTYPE[x.dtype], 1, 0, 0) if count == 1 else _rows(x)[1]
+        self._call("scale", x.device, matrix, count, width, factor.data_ptr())
 
 
 class _Cpu(_Engine):
-    def _execution(self, device: torch.device) -> int:
-        return torch.get_num_threads()
+    def _call(self, name: str, device: torch.device, *arguments: Any) -> None:
+        getattr(self._module, name)(*arguments, torch.get_num_threads())
 
 
 class _Cuda(_Engine):
-    def _execution(self, device: torch.device) -> int:
-        return torch.cuda.current_stream(device).cuda_stream
+    def _call(self, name: str, device: torch.device, *arguments: Any) -> None:
+        with torch.cuda.device(device):
+            getattr(self._module, name)(*arguments, torch.cuda.current_stream(device).cuda_stream)
+
+    def explain_distill(self, vocab: int, dtype: torch.dtype, device: int) -> str:
+        """Which kernel serves rows of this length on this GPU, and how it is laid out there."""
+        return self._module.explain_distill(vocab, _DTYPE[dtype], device)
+
+    def distill(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        tokens: Tokens,
+        options: Options,
+        *,
+        gradient: Tensor | None,
+        **wanted: Any,
+    ) -> Results:
+        """The kernels take one dtype: logits of two meet in float32."""
+        if student.dtype == teacher.dtype:
+            return super().distill(student, teacher, tokens, options, gradient=gradient, **wanted)
+        target = (
+            gradient
+            if gradient is None or gradient.dtype == torch.float32
+            else torch.empty_like(gradient, dtype=torch.float32, memory_format=torch.contiguous_format)
+        )
+        results = super().distill(student.float(), teacher.float(), tokens, options, gradient=target, **wanted)
+        if gradient is not None and target is not None and target is not gradient:
+            gradient.copy_(target)
+        return results
 
 
 @functools.cache
-def cpu() -> _Engine:
+def cpu() -> _Cpu:
     return _Cpu(_C.cpu)
 
 
 @functools.cache
-def cuda() -> _Engine:
+def cuda() -> _Cuda:
     return _Cuda(_C.cuda)

@@ -208,7 +208,7 @@ class _Loss(torch.autograd.Function):
         if in_place:
             loss, *metrics = call.forward_in_place(student)
             increment_version(student)
-            ctx.gradient = student.detach()
+            ctx.gradient, ctx.version = student.detach(), student._version
         else:
             stored = call.stores_gradient(student)
             loss, *metrics = call.forward(student, stored)
@@ -228,6 +228,11 @@ class _Loss(torch.autograd.Function):
         call: Call = ctx.call
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is not None:
+            if ctx.in_place and gradient._version != ctx.version:
+                raise RuntimeError(
+                    "inplace=True: the logits, which hold the gradient since the loss was computed, have been modified"
+                    f" by an inplace operation: they are at version {gradient._version}; expected {ctx.version}"
+                )
             torch.ops.pyalign.scale_(gradient, upstream, call.backend)
         elif ctx.in_place:
             raise RuntimeError(
@@ -263,7 +268,8 @@ class _LossTraced(torch.autograd.Function):
         student, *tensors = ctx.saved_tensors
         call: Call = ctx.call
         if call.stores_gradient(student):
-            gradient = tensors.pop() * upstream.to(student.dtype)
+            dtype = accumulation_dtype(student.dtype)
+            gradient = (tensors.pop().to(dtype) * upstream.to(dtype)).to(student.dtype)
         else:
             arguments = list(call.arguments)
             for place, tensor in zip(ctx.places, tensors, strict=True):
@@ -287,8 +293,12 @@ def loss(call: Call, student: Tensor, in_place: bool) -> Results:
         )
     if in_place and not needs_gradient:
         in_place = False  # nothing to write over the logits
-    if in_place and student.is_leaf:
-        raise ValueError("inplace: student_logits is a leaf that requires grad; wanted logits computed by a model")
+    base = student._base  # pyright: ignore[reportPrivateUsage]
+    if in_place and (student.is_leaf or (base is not None and base.is_leaf and base.requires_grad)):
+        raise ValueError(
+            f"inplace: student_logits is a {'leaf' if student.is_leaf else 'view of a leaf'} that requires grad; wanted"
+            " logits computed by a model"
+        )
     if in_place and (rows(student).tensor is not student or 0 in student.stride()):
         raise ValueError(
             f"inplace: got student_logits of shape {tuple(student.shape)} and strides {student.stride()}; wanted a last"

@@ -50,7 +50,7 @@ LIMITS = {
     "distill_clusters": Limit(TYPES * DIVERGENCES, threads=256, blocks=2),
     "topk_rows": Limit(TYPES, threads=1024, blocks=1),
     "topk_distill_rows": Limit(TYPES, threads=512, blocks=1),
-    "scale_elements": Limit(TYPES, threads=256, blocks=4),
+    "scale_rows": Limit(TYPES, threads=256, blocks=4),
     "count_tokens": Limit(1, threads=1024, blocks=1, static_shared=256),
     "sum_losses": Limit(1, threads=1024, blocks=1, static_shared=256),
 }
@@ -189,8 +189,8 @@ def test_template_instances_are_as_few_as_stated(build: Callable[[str], list[Bui
 def test_rows_move_in_16_bytes_and_nothing_goes_to_local_memory(
     build: Callable[[str], list[Built]], target: str
 ) -> None:
-    loads = {"distill_rows", "topk_rows", "topk_distill_rows", "scale_elements"}
-    stores = {"distill_rows", "distill_clusters", "topk_distill_rows", "scale_elements"}
+    loads = {"distill_rows", "topk_rows", "topk_distill_rows", "scale_rows"}
+    stores = {"distill_rows", "distill_clusters", "topk_distill_rows", "scale_rows"}
     for built in build(target):
         if not built.report:
             continue  # host code alone

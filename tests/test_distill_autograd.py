@@ -307,15 +307,40 @@ def test_in_place_gives_the_same_loss_and_gradient_over_the_logits(engine: Engin
         assert torch.equal(student.detach(), expected_gradient)  # the logits' memory
 
 
+@pytest.mark.parametrize("upstream", [1.0, 0.5])
 @every_kernel
-def test_in_place_over_logits_of_two_strides(engine: Engine):
+def test_in_place_over_logits_of_two_strides(engine: Engine, upstream: float):
     leaf = logits(2, 5, 31, seed=1, device=engine.device).requires_grad_()
     teacher = logits(2, 4, 31, seed=2, device=engine.device)
     with engine():
-        expected = torch.autograd.grad(distillation_loss(leaf[:, :-1], teacher), leaf)[0]
+        expected = torch.autograd.grad(upstream * distillation_loss(leaf[:, :-1], teacher), leaf)[0]
         whole = leaf * 1
-        (gradient,) = torch.autograd.grad(distillation_loss(whole[:, :-1], teacher, inplace=True), leaf)
+        rest = whole[:, -1].clone()
+        loss = upstream * distillation_loss(whole[:, :-1], teacher, inplace=True)
+        (gradient,) = torch.autograd.grad(loss, leaf)
     assert torch.equal(gradient, expected)
+    assert torch.equal(whole[:, -1], rest)  # the positions that were left out are not written
+
+
+@quick_kernel
+def test_in_place_refuses_a_view_of_a_parameter(engine: Engine):
+    leaf, teacher = tensors(engine)
+    before = leaf.detach().clone()
+    with engine(), pytest.raises(ValueError, match="a view of a leaf that requires grad"):
+        distillation_loss(leaf[..., :-1], teacher[..., :-1], inplace=True)
+    assert torch.equal(leaf, before)
+
+
+@quick_kernel
+def test_in_place_logits_that_change_before_backward_raise(engine: Engine):
+    """They hold the gradient by then."""
+    leaf, teacher = tensors(engine)
+    with engine():
+        student = leaf * 1
+        loss = distillation_loss(student, teacher, inplace=True)
+        student.detach().zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
 
 @quick_kernel

@@ -2,11 +2,16 @@
 // engines.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+
+#include "common/platform.h"
 
 namespace pyalign {
 
 enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+PYALIGN_HD size_t size_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
+
 enum class Divergence : int { kForwardKL = 0, kReverseKL = 1, kJensenShannon = 2, kTotalVariation = 3 };
 enum class Tail : int { kBucket = 0, kRenormalize = 1, kDrop = 2 };
 enum class Reduction : int { kNone = 0, kSum = 1, kMean = 2 };
@@ -17,6 +22,11 @@ struct Rows {
     void* data = nullptr;
     Dtype dtype = Dtype::kFloat32;
     int64_t inner = 1, outer_stride = 0, inner_stride = 0;
+
+    PYALIGN_HD int64_t start(int64_t row) const {
+        const int64_t outer = row < inner ? 0 : row / inner;  // most matrices have no outer rows: no division
+        return outer * outer_stride + (row - outer * inner) * inner_stride;
+    }
 };
 
 // Which tokens count, what they weigh, and what the sum over them is divided by. Null pointers mean "not given".
@@ -69,9 +79,13 @@ struct TopK {
     int64_t k = 0;
     const void* logprobs = nullptr;  // [teacher_count, k], dtype
     const void* indices = nullptr;   // [teacher_count, k], int32 or int64
-    const void* residual = nullptr;  // [teacher_count], dtype; null: log(1 - sum of the entries)
-    Dtype dtype = Dtype::kFloat32;
+    const void* residual = nullptr;  // [teacher_count], residual_dtype; null: log(1 - sum of the entries)
+    Dtype dtype = Dtype::kFloat32, residual_dtype = Dtype::kFloat32;
     bool wide_indices = true;  // int64
+
+    PYALIGN_HD int64_t index(int64_t at) const {
+        return wide_indices ? static_cast<const int64_t*>(indices)[at] : static_cast<const int32_t*>(indices)[at];
+    }
 };
 
 struct TopKDistillArgs {

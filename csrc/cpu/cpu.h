@@ -13,8 +13,8 @@ void distill(const DistillArgs& args, int threads);
 void topk_distill(const TopKDistillArgs& args, int threads);
 void topk(const TopKArgs& args, int threads);
 
-// x[0 .. count) *= factor[0]; returns at once where the factor is 1. `factor` has x's accumulation dtype.
-void scale(void* x, Dtype dtype, int64_t count, const void* factor, int threads);
+// x *= factor[0] for rows of `width`; returns at once where the factor is 1. `factor` has x's accumulation dtype.
+void scale(const Rows& x, int64_t count, int64_t width, const void* factor, int threads);
 
 // The instruction set that was chosen for this machine (or by PYALIGN_CPU_ISA), and those compiled in.
 std::string isa();

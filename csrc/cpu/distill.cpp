@@ -158,25 +158,37 @@ void check_tokens(const Tokens& tokens, const DistillOptions& options) {
     }
 }
 
-// Throws for the first counted row whose entries are out of range or repeated, if there is one.
-void check_entries(const TopKDistillArgs& args) {
-    std::vector<Entry> entries(static_cast<size_t>(args.teacher.k));
-    for (int64_t row = 0; row < args.tokens.count; ++row) {
-        const int64_t teacher_row = args.tokens.teacher_rows ? args.tokens.teacher_rows[row] : row;
-        if (!is_counted(args.tokens, row)) continue;
-        if (sorted_entries(args.teacher, teacher_row, args.options.vocab, entries.data()) >= 0) continue;
-        for (int64_t place = 0; place < args.teacher.k; ++place) {
-            const int64_t at = teacher_row * args.teacher.k + place;
-            const int64_t index = args.teacher.wide_indices ? static_cast<const int64_t*>(args.teacher.indices)[at]
-                                                            : static_cast<const int32_t*>(args.teacher.indices)[at];
-            if (index < -1 || index >= args.options.vocab) refuse("teacher.indices", row, index, args.options.vocab);
-        }
-        throw std::invalid_argument("teacher.indices: row " + std::to_string(row) + " holds an index twice");
-    }
-}
-
 size_t entries_scratch(int64_t entries, int64_t values) {
     return sizeof(Entry) * static_cast<size_t>(entries) + sizeof(double) * static_cast<size_t>(values);
+}
+
+// Throws for the first counted row whose entries are out of range or repeated, if there is one.
+void check_entries(const TopKDistillArgs& args, int threads) {
+    const TopK& teacher = args.teacher;
+    const auto teacher_row_of = [&](int64_t row) {
+        return args.tokens.teacher_rows ? args.tokens.teacher_rows[row] : row;
+    };
+    std::atomic<int64_t> first_bad{args.tokens.count};
+    const int64_t work = 16 * teacher.k;  // a sort's
+    parallel(args.tokens.count, grain_of(args.tokens.count, work, threads), work, entries_scratch(teacher.k, 0),
+             threads, [&](int64_t begin, int64_t end, std::byte* memory) {
+                 for (int64_t row = begin; row < end; ++row) {
+                     if (!is_counted(args.tokens, row)) continue;
+                     Entry* const entries = reinterpret_cast<Entry*>(memory);
+                     if (sorted_entries(teacher, teacher_row_of(row), args.options.vocab, entries) >= 0) continue;
+                     int64_t lowest = first_bad;
+                     while (row < lowest && !first_bad.compare_exchange_weak(lowest, row)) {
+                     }
+                     return;
+                 }
+             });
+    const int64_t row = first_bad;
+    if (row == args.tokens.count) return;
+    for (int64_t place = 0; place < teacher.k; ++place) {
+        const int64_t index = teacher.index(teacher_row_of(row) * teacher.k + place);
+        if (index < -1 || index >= args.options.vocab) refuse("teacher.indices", row, index, args.options.vocab);
+    }
+    throw std::invalid_argument("teacher.indices: row " + std::to_string(row) + " holds an index twice");
 }
 
 // ---- Losses ----
@@ -209,7 +221,7 @@ void run_loss(const Args& args, void (*kernel)(const Args&, double, void*, Span)
     constexpr int64_t kStreamBytes = int64_t{16} << 20;
     const Dtype dtype = args.student.dtype;
     const int64_t count = args.tokens.count, width = args.out.width;
-    const int64_t element = dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+    const int64_t element = static_cast<int64_t>(size_of(dtype));
     const bool in_place = args.out.gradient.data == args.student.data;
     const bool stream = args.out.gradient.data && !in_place && count * width * element > kStreamBytes;
     const double denominator = denominator_of(args.tokens, dtype);
@@ -260,7 +272,7 @@ void distill(const DistillArgs& args, int threads) {
 
 void topk_distill(const TopKDistillArgs& args, int threads) {
     check_tokens(args.tokens, args.options);
-    check_entries(args);
+    check_entries(args, threads);
     run_loss(args, kernels().topk_distill, entries_scratch(args.teacher.k, args.teacher.k), threads);
 }
 
@@ -272,12 +284,19 @@ void topk(const TopKArgs& args, int threads) {
         [&](int64_t begin, int64_t end, std::byte* memory) { kernels().topk(args, Span{begin, end, memory, false}); });
 }
 
-void scale(void* x, Dtype dtype, int64_t count, const void* factor, int threads) {
-    const double value = read(factor, dtype);
+void scale(const Rows& x, int64_t count, int64_t width, const void* factor, int threads) {
+    const double value = read(factor, x.dtype);
     if (value == 1) return;
     constexpr int64_t kGrain = 65536;
-    parallel(count, kGrain, 1, 0, threads,
-             [&](int64_t begin, int64_t end, std::byte*) { kernels().scale(x, dtype, begin, end, value); });
+    parallel(count * width, kGrain, 1, 0, threads, [&](int64_t begin, int64_t end, std::byte*) {
+        while (begin < end) {
+            const int64_t row = begin / width, column = begin % width;
+            const int64_t length = width - column < end - begin ? width - column : end - begin;
+            const int64_t first = x.start(row) + column;
+            kernels().scale(x.data, x.dtype, first, first + length, value);
+            begin += length;
+        }
+    });
 }
 
 }  // namespace pyalign::cpu

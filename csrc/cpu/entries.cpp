@@ -33,8 +33,7 @@ int64_t sorted_entries(const TopK& teacher, int64_t teacher_row, int64_t vocab, 
     const int64_t first = teacher_row * teacher.k;
     int64_t count = 0;
     for (int64_t place = 0; place < teacher.k; ++place) {
-        const int64_t index = teacher.wide_indices ? static_cast<const int64_t*>(teacher.indices)[first + place]
-                                                   : static_cast<const int32_t*>(teacher.indices)[first + place];
+        const int64_t index = teacher.index(first + place);
         if (index == -1) continue;
         if (index < 0 || index >= vocab) return -1;
         entries[count++] = {value_at(teacher.logprobs, teacher.dtype, first + place), index, place};
@@ -46,7 +45,7 @@ int64_t sorted_entries(const TopK& teacher, int64_t teacher_row, int64_t vocab, 
 }
 
 double residual_of(const TopK& teacher, int64_t teacher_row, int64_t vocab, const Entry* entries, int64_t count) {
-    if (teacher.residual) return value_at(teacher.residual, teacher.dtype, teacher_row);
+    if (teacher.residual) return value_at(teacher.residual, teacher.residual_dtype, teacher_row);
     if (count == vocab) return -INFINITY;
     Softmax<double> state;
     for (int64_t i = 0; i < count; ++i) state = fold(state, entries[i].value, 1.0);

@@ -20,11 +20,8 @@ using cpu::kBlock;
 
 PYALIGN_HD int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
-PYALIGN_HD size_t size_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
-
 PYALIGN_HD std::byte* row_of(const Rows& rows, int64_t row) {
-    const int64_t offset = (row / rows.inner) * rows.outer_stride + (row % rows.inner) * rows.inner_stride;
-    return static_cast<std::byte*>(rows.data) + offset * static_cast<int64_t>(size_of(rows.dtype));
+    return static_cast<std::byte*>(rows.data) + rows.start(row) * static_cast<int64_t>(size_of(rows.dtype));
 }
 
 // Elements as they lie in memory. Loops convert as they read: it costs two instructions, and a converted copy of the

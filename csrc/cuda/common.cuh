@@ -107,8 +107,7 @@ __device__ __forceinline__ uint4 realign(uint4 low, uint4 high, int lanes) {
 // Row r of a matrix behind two leading strides.
 template <class T>
 __device__ __forceinline__ T* row_pointer(const Rows& rows, int64_t r) {
-    const int64_t outer = r < rows.inner ? 0 : r / rows.inner;
-    return static_cast<T*>(rows.data) + outer * rows.outer_stride + (r - outer * rows.inner) * rows.inner_stride;
+    return static_cast<T*>(rows.data) + rows.start(r);
 }
 
 // How many elements past a 16-byte boundary.

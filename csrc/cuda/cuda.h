@@ -26,8 +26,8 @@ void topk_distill(const TopKDistillArgs& args, cudaStream_t stream);
 // The k <= 256 largest logits of every row.
 void topk(const TopKArgs& args, cudaStream_t stream);
 
-// x[0 .. count) *= factor[0], a float read on the device; returns at once where it is 1.
-void scale(void* x, Dtype dtype, int64_t count, const void* factor, cudaStream_t stream);
+// x *= factor[0] for rows of `width`, a float read on the device; returns at once where it is 1.
+void scale(const Rows& x, int64_t count, int64_t width, const void* factor, cudaStream_t stream);
 
 // Which kernel `distill` runs for rows of this length on this device, and how it is laid out there.
 std::string explain_distill(int64_t vocab, Dtype dtype, int device);
