@@ -207,11 +207,13 @@ def _map_needs_sums(divergence: str) -> bool:
 
 @triton.jit
 def load_target(targets, row, student_row, vocab, ignore_index):
-    """(target or -1, its logit): the logit is NaN for a target out of range."""
+    """(target, its logit): -1 and 0 without a target, -2 and NaN for one out of range."""
     target = tl.load(targets + row)
+    ignored = target == ignore_index
     known = (target >= 0) & (target < vocab)
     logit = tl.load(student_row + target, mask=known, other=float("nan")).to(tl.float32)
-    return tl.where(target == ignore_index, -1, target), tl.where(target == ignore_index, 0.0, logit)
+    target = tl.where(known, target, -2)
+    return tl.where(ignored, -1, target), tl.where(ignored, 0.0, logit)
 
 
 @triton.jit

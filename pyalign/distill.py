@@ -227,7 +227,7 @@ def topk_logprobs(logits: Tensor, k: int = 50, *, temperature: float = 1.0) -> T
         _checks.refuse("k", repr(k), f"an int with 0 < k <= {logits.shape[-1]}, the vocabulary")
     temperature = _checks.temperature("temperature", temperature)
     logits = logits.detach()
-    backend = choose_name(logits.device.type, logits.device.index, logits.dtype, k)
+    backend = choose_name(logits.device.type, logits.device.index, logits.dtype, k, logits.shape[-1])
     if backend == "reference":
         logprobs, indices, residual = _reference.topk(logits, k, temperature)
     else:

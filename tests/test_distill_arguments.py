@@ -177,6 +177,7 @@ def test_an_out_of_range_index_gives_nan_for_its_row_alone(engine: Engine):
     s, t = S.to(engine.device).requires_grad_(), T.to(engine.device)
     good = torch.tensor([[0, 1, 2], [3, 4, 5]], device=engine.device)
     bad = torch.tensor([[0, 99, 2], [3, 4, 5]], device=engine.device)
+    low = torch.tensor([[0, -1, 2], [3, 4, 5]], device=engine.device)  # not the ignore_index, -100
     teacher = TopKLogprobs(*(x.to(engine.device) for x in TOP[:3]))
     indices = teacher.indices.clone()
     indices[0, 1, 2] = indices[0, 1, 0]
@@ -185,6 +186,7 @@ def test_an_out_of_range_index_gives_nan_for_its_row_alone(engine: Engine):
         for function, other, right, wrong, rows in (
             (distillation_loss, t, {"teacher_rows": good}, {"teacher_rows": bad}, [1]),
             (distillation_loss, t, {"targets": good, "hard_weight": 0.5}, {"targets": bad, "hard_weight": 0.5}, [1]),
+            (distillation_loss, t, {"targets": good, "hard_weight": 0.5}, {"targets": low, "hard_weight": 0.5}, [1]),
             (topk_distillation_loss, teacher, {"teacher_rows": good}, {"teacher_rows": bad}, [1]),
             (topk_distillation_loss, teacher, {}, {"teacher": teacher._replace(indices=indices)}, [1, 5]),
         ):

@@ -23,6 +23,7 @@ from distill_support import (
     logits,
     quick_engine,
     student_and_teacher,
+    to_device,
     truth,
 )
 from torch import Tensor
@@ -425,6 +426,35 @@ def test_options_of_any_layout(engine: Engine):
         )
 
 
+def spread(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers, every other one of a longer tensor, the rest of which is nonsense."""
+    return torch.stack([x, x.flip(0)], -1)[..., 0]
+
+
+@every_engine
+def test_one_dimensional_options_with_strides(engine: Engine):
+    """Kernels read options through their address: entries between those that are meant must not be."""
+    student, teacher = pair(engine, 6, 31)
+    options: dict[str, dict[str, Any]] = {
+        "mask": {"mask": torch.arange(6) % 3 > 0},
+        "labels": {"labels": torch.tensor([1, -100, 2, -100, -100, 3])},
+        "weight": {"weight": torch.arange(6) / 3},
+        "teacher_rows": {"teacher_rows": torch.tensor([5, 0, -1, 2, 2, 1])},
+        "targets": {"targets": torch.tensor([3, 0, 30, 7, -100, 1]), "hard_weight": 0.5},
+    }
+    with engine():
+        for name, dense in options.items():
+            dense = to_device(dense, engine.device)
+            assert not spread(dense[name]).is_contiguous()
+            ours = evaluate(student, teacher, **{**dense, name: spread(dense[name])})
+            expected = evaluate(student, teacher, **dense)
+            assert torch.equal(ours.loss, expected.loss), name
+            assert torch.equal(ours.gradient, expected.gradient), name
+        one = torch.tensor(2.0, device=engine.device)
+        ours, expected = (evaluate(student, teacher, weight=w) for w in (one.expand(6), one.repeat(6)))
+        assert torch.equal(ours.loss, expected.loss)
+
+
 def test_an_unaligned_row_start():
     """Vector loads begin wherever a row does."""
     for offset in range(9):
@@ -693,6 +723,33 @@ def test_a_row_without_any_entry(engine: Engine):
                 ours = evaluate(student, stored, tail=tail, reduction="none")
                 assert float(ours.loss.abs().max()) < 1e-6
                 assert float(ours.gradient.abs().max()) < 1e-6
+
+
+@every_engine
+def test_log_probs_and_residual_of_two_dtypes(engine: Engine):
+    """Each is read in its own precision: a float32 residual isn't rounded to the log-probs' bfloat16."""
+    student, teacher = pair(engine, 5, 31)
+    with engine():
+        stored = topk_logprobs(teacher, 4)
+        mixed = TopKLogprobs(stored.logprobs.bfloat16(), stored.indices, stored.residual)
+        assert_close(evaluate(student, mixed), truth(student, mixed), torch.float32)
+        other = TopKLogprobs(stored.logprobs, stored.indices, stored.residual.half())
+        assert_close(evaluate(student, other), truth(student, other), torch.float32)
+
+
+@quick_engine
+def test_renormalize_looks_at_the_entries_alone(engine: Engine):
+    """Its loss and gradient are of the k entries: a NaN elsewhere in the row is none of its business."""
+    student, teacher = pair(engine, 3, 31)
+    with engine():
+        stored = topk_logprobs(teacher, 4)
+        expected = evaluate(student, stored, tail="renormalize")
+        outside = torch.ones_like(student, dtype=torch.bool).scatter(-1, stored.indices, False)
+        if engine.name != "reference":
+            ours = evaluate(student.masked_fill(outside, float("nan")), stored, tail="renormalize")
+            assert torch.equal(ours.loss, expected.loss)
+            assert torch.equal(ours.gradient, expected.gradient)
+        assert not expected.gradient[outside].any()
 
 
 @pytest.mark.parametrize("k", [1, 5])

@@ -14,6 +14,7 @@
 // a row whose logits are all -inf, or hold +inf or NaN, has NaN sums.
 #pragma once
 
+#include "common/distill_args.h"
 #include "common/math.h"
 
 PYALIGN_BEGIN
@@ -211,6 +212,18 @@ struct TotalVariation {
     PYALIGN_HD Sums<F> term(Point<F> x) const { return {plain(x), flow(x)}; }
     PYALIGN_HD F slope(Point<F> x, Sums<F> row) const { return flow(x) - x.q * row.aux; }
 };
+
+// body(the divergence of this kind): the one place where a kind becomes a type.
+template <class F, class Body>
+PYALIGN_HD auto with_divergence(Divergence kind, F beta, Body body) {
+    switch (kind) {
+        case Divergence::kForwardKL: return body(ForwardKL<F>{});
+        case Divergence::kReverseKL: return body(ReverseKL<F>{});
+        case Divergence::kJensenShannon: return body(JensenShannon<F>{beta});
+        case Divergence::kTotalVariation: return body(TotalVariation<F>{});
+    }
+    __builtin_unreachable();
+}
 
 // log(1 - e^x) for x <= 0: the log of the mass that log-probabilities with log-sum x leave over.
 PYALIGN_HD double log1mexp(double x) { return x > -0.6931471805599453 ? ::log(-::expm1(x)) : ::log1p(-::exp(x)); }

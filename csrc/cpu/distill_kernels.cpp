@@ -289,15 +289,8 @@ void distill_rows(const DistillArgs& args, D divergence, double denominator, voi
 
 template <class T>
 void distill_dispatch(const DistillArgs& args, double denominator, void* row_loss, Span span) {
-    using F = ValueOf<T>;
-    switch (args.options.divergence) {
-        case Divergence::kForwardKL: return distill_rows<T>(args, ForwardKL<F>{}, denominator, row_loss, span);
-        case Divergence::kReverseKL: return distill_rows<T>(args, ReverseKL<F>{}, denominator, row_loss, span);
-        case Divergence::kJensenShannon:
-            return distill_rows<T>(args, JensenShannon<F>{F(args.options.beta)}, denominator, row_loss, span);
-        case Divergence::kTotalVariation:
-            return distill_rows<T>(args, TotalVariation<F>{}, denominator, row_loss, span);
-    }
+    with_divergence(args.options.divergence, ValueOf<T>(args.options.beta),
+                    [&](const auto& divergence) { distill_rows<T>(args, divergence, denominator, row_loss, span); });
 }
 
 // Rows of two dtypes meet in float.
@@ -409,16 +402,10 @@ Categories categorize(const D& divergence, Tail tail, const TopK& teacher, int64
 
 Categories categorize(const TopKDistillArgs& args, int64_t teacher_row, Entry* entries, int64_t count,
                       const double* members, Softmax<double> rest) {
-    const auto run = [&](const auto& divergence) {
+    return with_divergence(args.options.divergence, args.options.beta, [&](const auto& divergence) {
         return categorize(divergence, args.tail, args.teacher, teacher_row, args.options.vocab, entries, count, members,
                           rest, 1 / args.options.temperature);
-    };
-    switch (args.options.divergence) {
-        case Divergence::kReverseKL: return run(ReverseKL<double>{});
-        case Divergence::kJensenShannon: return run(JensenShannon<double>{args.options.beta});
-        case Divergence::kTotalVariation: return run(TotalVariation<double>{});
-        default: return run(ForwardKL<double>{});
-    }
+    });
 }
 
 int64_t most_likely(const Entry* entries, int64_t count) {
@@ -442,6 +429,7 @@ void topk_distill_rows(const TopKDistillArgs& args, double denominator, void* ro
         (1 - options.hard_weight) * (options.temperature_squared ? options.temperature * options.temperature : 1);
     Entry* const entries = reinterpret_cast<Entry*>(span.scratch);
     double* const members = reinterpret_cast<double*>(entries + args.teacher.k);
+    const bool reads_row = args.tail != Tail::kRenormalize || options.hard_weight > 0 || out.entropy || out.agreement;
     Ahead ahead;
 
     for (int64_t row = span.begin; row < span.end; ++row) {
@@ -459,7 +447,11 @@ void topk_distill_rows(const TopKDistillArgs& args, double denominator, void* ro
             continue;
         }
         const T* const student = reinterpret_cast<const T*>(row_of(args.student, row));
-        const Softmax<double> rest = fold_rest(student, vocab, inverse_temperature, entries, count, members, &ahead);
+        Softmax<double> rest;
+        if (reads_row)
+            rest = fold_rest(student, vocab, inverse_temperature, entries, count, members, &ahead);
+        else
+            for (int64_t i = 0; i < count; ++i) members[i] = double(value(student[entries[i].index]));
         Softmax<double> all = rest;
         for (int64_t i = 0; i < count; ++i) all = fold(all, members[i], inverse_temperature);
         const HardTerm<T> hard(args.tokens, options, row, student, all);
@@ -618,7 +610,8 @@ void topk_rows(const TopKArgs& args, Span span) {
         const bool valid = select(logits, args.vocab, args.k, maxima, entries);
         const int64_t count = valid ? args.k : 0;
         cpu::sort_by_index(entries, count);
-        const Softmax<double> rest = fold_rest(logits, args.vocab, inverse_temperature, entries, count, members, &ahead);
+        const Softmax<double> rest =
+            fold_rest(logits, args.vocab, inverse_temperature, entries, count, members, &ahead);
         Softmax<double> all = rest;
         for (int64_t i = 0; i < count; ++i) all = fold(all, members[i], inverse_temperature);
         cpu::sort_by_value(entries, count);

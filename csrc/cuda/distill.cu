@@ -78,12 +78,8 @@ void distill(const DistillArgs& args, cudaStream_t stream) {
     if (args.tokens.count > 0 && !distill_cluster(params, args.student.dtype, stream)) {
         with_type(args.student.dtype, [&](auto type) {
             using T = decltype(type);
-            switch (args.options.divergence) {
-                case Divergence::kForwardKL: return launch_rows<T, ForwardKL<float>>(params, stream);
-                case Divergence::kReverseKL: return launch_rows<T, ReverseKL<float>>(params, stream);
-                case Divergence::kJensenShannon: return launch_rows<T, JensenShannon<float>>(params, stream);
-                case Divergence::kTotalVariation: return launch_rows<T, TotalVariation<float>>(params, stream);
-            }
+            with_divergence(args.options.divergence, params.loss.beta,
+                            [&](auto divergence) { launch_rows<T, decltype(divergence)>(params, stream); });
         });
     }
     reduce_loss(params.loss, args.out, stream);

@@ -345,12 +345,7 @@ ClusterPlan plan_clusters(const Device& device, Kernel kernel, int64_t vocab, in
 
 template <class T>
 Kernel kernel_for(Divergence divergence) {
-    switch (divergence) {
-        case Divergence::kReverseKL: return distill_clusters<T, ReverseKL<float>>;
-        case Divergence::kJensenShannon: return distill_clusters<T, JensenShannon<float>>;
-        case Divergence::kTotalVariation: return distill_clusters<T, TotalVariation<float>>;
-        default: return distill_clusters<T, ForwardKL<float>>;
-    }
+    return with_divergence(divergence, 0.5f, [](auto d) -> Kernel { return distill_clusters<T, decltype(d)>; });
 }
 
 }  // namespace

@@ -38,11 +38,7 @@ struct Entries {
     const TopK& teacher;
     int64_t row;
 
-    __device__ __forceinline__ int64_t index(int64_t place) const {
-        const int64_t at = row * teacher.k + place;
-        return teacher.wide_indices ? static_cast<const int64_t*>(teacher.indices)[at]
-                                    : static_cast<const int32_t*>(teacher.indices)[at];
-    }
+    __device__ __forceinline__ int64_t index(int64_t place) const { return teacher.index(row * teacher.k + place); }
     __device__ __forceinline__ float logprob(int64_t place) const {
         return load_float(teacher.logprobs, teacher.dtype, row * teacher.k + place);
     }
@@ -110,16 +106,6 @@ struct Categories {
         return {exp_nonpositive(log_p), exp_nonpositive(log_q), log_q - log_p};
     }
 };
-
-template <class Body>
-__device__ __forceinline__ void with_divergence(const LossParams& p, Body body) {
-    switch (p.divergence) {
-        case Divergence::kForwardKL: return body(ForwardKL<float>{});
-        case Divergence::kReverseKL: return body(ReverseKL<float>{});
-        case Divergence::kJensenShannon: return body(JensenShannon<float>{p.beta});
-        case Divergence::kTotalVariation: return body(TotalVariation<float>{});
-    }
-}
 
 // ---- Kernel ----
 
@@ -201,7 +187,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) topk_distill_rows(const TopKP
         float residual = -INFINITY;
         if (tail == Tail::kBucket) {
             if (params.teacher.residual)
-                residual = load_float(params.teacher.residual, params.teacher.dtype, token.teacher);
+                residual = load_float(params.teacher.residual, params.teacher.residual_dtype, token.teacher);
             else if (params.teacher.k < p.vocab || !bitmap.covers(p.vocab))
                 residual = log1mexp(fminf(states.entries.max + log_positive(states.entries.sum), 0.f));
         }
@@ -241,7 +227,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) topk_distill_rows(const TopKP
                              -INFINITY};
         if (states.rest.sum != 0.f) outside = categories.at(states.rest.max, log_positive(states.rest.sum), residual);
         Sums<float> sums;
-        with_divergence(p, [&](const auto& divergence) {
+        with_divergence(p.divergence, p.beta, [&](const auto& divergence) {
             entries.each([&](int64_t place, int64_t index) {
                 const Point<float> at = categories.at(widen(student[index]), 0.f, entries.logprob(place));
                 sums = sums + (tail == Tail::kDrop ? Sums<float>{divergence.plain(at), divergence.flow(at)}
@@ -259,7 +245,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) topk_distill_rows(const TopKP
             const HardTerm hard(p, token, states.hard);
             Softmax<float> over = all;  // outside the entries the gradient is scale * exp((s - over.max) / T)
             float scale = 0.f;
-            with_divergence(p, [&](const auto& divergence) {
+            with_divergence(p.divergence, p.beta, [&](const auto& divergence) {
                 entries.each([&](int64_t place, int64_t index) {
                     const float logit[1] = {widen(student[index])};
                     const Point<float> at = categories.at(logit[0], 0.f, entries.logprob(place));
