@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("safetensors")
 pytest.importorskip("matplotlib")
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from pyalign.cli.distill import app  # noqa: E402
@@ -30,7 +30,7 @@ from pyalign.context_distillation.evaluate import exact_comparison, stored_kl  #
 from pyalign.context_distillation.language import CausalLM, choose_dtype, load  # noqa: E402
 from pyalign.context_distillation.log import Log, read_log  # noqa: E402
 from pyalign.context_distillation.loss_cost import measure, torch_topk_loss  # noqa: E402
-from pyalign.context_distillation.report import report  # noqa: E402
+from pyalign.context_distillation.report import ReportSettings, report  # noqa: E402
 from pyalign.context_distillation.texts import Record, is_held_out, make_sequences, read_records  # noqa: E402
 from pyalign.context_distillation.train import (  # noqa: E402
     MasterWeights,
@@ -198,10 +198,11 @@ def test_text_files_and_parquet(tmp_path: Path):
         ),
         ("[1]\n", "texts.jsonl:1: wanted"),
         ("", "holds no text"),
+        ('{"text": "caf\udce9"}\n', "texts.jsonl:1 is not UTF-8 .byte 0xe9 at 13."),
     ],
 )
 def test_bad_rows_are_named(tmp_path: Path, content: str, message: str):
-    (tmp_path / "texts.jsonl").write_text(content)
+    (tmp_path / "texts.jsonl").write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(JobError, match=message):
         read_records([tmp_path / "texts.jsonl"])
 
@@ -474,7 +475,7 @@ def test_the_measured_losses_agree():
 
 def test_the_report_holds_what_was_measured(lm: CausalLM, finished: Path, tmp_path: Path):
     store = TeacherStore(finished / "store")
-    figures = report(lm, store, finished / "train", tmp_path, samples=["Human: hi\n\nAssistant:"], sample_tokens=8)
+    figures = report(lm, store, finished / "train", tmp_path, ReportSettings(("Human: hi\n\nAssistant:",), 8))
     text = (tmp_path / "report.md").read_text()
     log = read_log(finished / "train" / "train.jsonl")
     assert figures.kl_before == log[0]["held_out_kl"]
@@ -573,56 +574,92 @@ def test_an_unfinished_run_has_no_report(model_dir: Path, finished: Path, tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--k", 0), "k: got 0; wanted 1 <= k <= 257"),
-        (("--temperature", 0), "temperature: got 0.0; wanted a positive number"),
-        (("--store-dtype", "float32"), "logprob_dtype: got 'float32'; wanted one of float16, bfloat16"),
-        (("--chunk-length", 9), "chunk_length: got 9; wanted at least 14"),
-        (("--chunk-length", 120), "the model reads at most 128"),
-        (("--held-out", 1), "held_out: got 1.0; wanted a fraction between 0 and 1"),
+        (("--k", 0), "--k: got 0; wanted at least 1"),
+        (("--k", 258), "--k: got 258; wanted at most 257"),
+        (("--temperature", 0), "--temperature: got 0.0; wanted a positive number"),
+        (("--temperature", "nan"), "--temperature: got nan; wanted a positive number"),
+        (("--store-dtype", "float32"), "--store-dtype: got 'float32'; wanted one of float16, bfloat16"),
+        (("--chunk-length", 9), "--chunk-length: got 9; wanted at least 14"),
+        (("--chunk-length", 120), "--chunk-length: prompt and longest text are 138 tokens together"),
+        (("--held-out", 1), "--held-out: got 1.0; wanted a fraction between 0 and 1"),
         (("--held-out", 1e-9), "is left to hold out"),
-        (("--batch-size", 0), "batch_size: got 0; wanted at least 1"),
-        (("--prompt", ""), "prompt: it is empty"),
-        (("--prompt-file", "absent.txt"), "prompt: wanted either --prompt or --prompt-file"),
-        (("--dtype", "int8"), "dtype: got 'int8'; wanted auto, float32 or bfloat16"),
-        (("--gguf-file", "a.gguf"), "holds no a.gguf"),
-        (("--text", "absent.txt"), "text: absent.txt is not a file"),
-        (("--model", "absent"), "model: absent is neither a directory nor a .gguf file"),
+        (("--max-sequences", 1), "--max-sequences: got 1; wanted at least 2"),
+        (("--batch-size", 0), "--batch-size: got 0; wanted at least 1"),
+        (("--shard-sequences", -1), "--shard-sequences: got -1; wanted at least 1"),
+        (("--prompt", ""), "--prompt: it is empty"),
+        (("--prompt-file", "absent.txt"), "--prompt: got both; wanted --prompt or --prompt-file"),
+        (("--dtype", "int8"), "--dtype: got 'int8'; wanted auto, float32 or bfloat16"),
+        (("--device", "gpu"), "--device: got 'gpu' (Expected one of cpu, cuda"),
+        (("--device", "cuda:99"), "--device: got 'cuda:99' ("),
+        (("--device", "meta"), "--device: got 'meta' ("),
+        (("--gguf-file", "a.gguf"), "--gguf-file: {here}/model holds no a.gguf"),
+        (("--text", "absent.txt"), "--text: absent.txt is not a file"),
+        (("--text", "{here}/latin1.txt"), "--text: {here}/latin1.txt is not UTF-8 (byte 0xe9 at 3)"),
+        (("--text", "{here}/latin1.parquet"), "--text: {here}/latin1.parquet is not Parquet ("),
+        (("--model", "absent"), "--model: absent is neither a directory nor a .gguf file"),
+        (("--model", "{here}/latin1.gguf"), "--model: transformers can't load {here}/latin1.gguf"),
+        (("--store", "{here}/latin1.txt"), "File exists: '{here}/latin1.txt'"),
     ],
 )
 def test_bad_options_of_collect(
     model_dir: Path, texts: Path, tmp_path: Path, options: tuple[object, ...], message: str
 ):
-    long = tmp_path / "long.txt"
-    long.write_text("word " * 100)
-    arguments = [
-        "--model",
-        model_dir,
-        "--text",
-        texts,
-        "--text",
-        long,
-        "--store",
-        tmp_path / "s",
-        "--prompt",
-        PROMPT,
-    ]
-    arguments += ["--held-out", 0.3, "--chunk-length", CHUNK]
-    assert message in refusal("collect", *arguments, *options)
+    (tmp_path / "model").symlink_to(model_dir)
+    (tmp_path / "long.txt").write_text("word " * 100)
+    for kind in ("txt", "parquet", "gguf"):
+        (tmp_path / f"latin1.{kind}").write_bytes("café".encode("latin-1"))
+    arguments = ["--model", tmp_path / "model", "--text", texts, "--text", tmp_path / "long.txt"]
+    arguments += ["--store", tmp_path / "s", "--prompt", PROMPT, "--held-out", 0.3, "--chunk-length", CHUNK]
+    given = [str(o).replace("{here}", str(tmp_path)) for o in options]
+    assert message.replace("{here}", str(tmp_path)) in refusal("collect", *arguments, *given)
+    assert not (tmp_path / "s" / "manifest.json").exists()
+
+
+def test_bad_prompt_files(model_dir: Path, texts: Path, tmp_path: Path):
+    (tmp_path / "latin1.txt").write_bytes("café".encode("latin-1"))
+    arguments = ("collect", "--model", model_dir, "--text", texts, "--store", tmp_path / "s")
+    assert "--prompt: got neither; wanted --prompt or --prompt-file" in refusal(*arguments)
+    assert "--prompt-file: absent is not a file" in refusal(*arguments, "--prompt-file", "absent")
+    message = refusal(*arguments, "--prompt-file", tmp_path / "latin1.txt")
+    assert message.endswith("latin1.txt is not UTF-8 (byte 0xe9 at 3); wanted text in UTF-8")
+
+
+def test_a_model_is_whole(tmp_path: Path):
+    make_model(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(JobError, match=r"lacks 1 of its weights, the first is model\.layers\.1\.mlp\.up_proj\.weight"):
+        load(tmp_path, dtype="float32")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(JobError, match=r"model: transformers can't load .*no file named model\.safetensors"):
+        load(tmp_path, dtype="float32")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--last-layers", 4), "last_layers: got 4; wanted 1 <= last_layers <= 3"),
-        (("--epochs", 0), "epochs: got 0; wanted at least 1"),
-        (("--learning-rate", -1), "learning_rate: got -1.0; wanted a positive number"),
+        (("--last-layers", 4), "--last-layers: got 4; wanted 1 to 3, all the model has"),
+        (("--last-layers", 0), "--last-layers: got 0; wanted at least 1"),
+        (("--epochs", 0), "--epochs: got 0; wanted at least 1"),
+        (("--batch-size", 0), "--batch-size: got 0; wanted at least 1"),
+        (("--micro-batch", -2), "--micro-batch: got -2; wanted at least 1"),
+        (("--eval-every", -1), "--eval-every: got -1; wanted at least 0"),
+        (("--checkpoint-every", 0), "--checkpoint-every: got 0; wanted at least 1"),
+        (("--learning-rate", -1), "--learning-rate: got -1.0; wanted a positive number"),
+        (("--learning-rate", "inf"), "--learning-rate: got inf; wanted a positive number"),
+        (("--pretraining-lr", 0), "--pretraining-lr: got 0.0; wanted a positive number"),
         (
             ("--learning-rate", 1, "--pretraining-lr", 1),
-            "wanted --learning-rate or --pretraining-lr, not both",
+            "--learning-rate: got --pretraining-lr too; wanted one of them",
         ),
-        (("--divergence", "kl"), "divergence: got 'kl'; wanted one of forward_kl, reverse_kl, jsd, tvd"),
-        (("--divergence", "jsd", "--beta", 1), "beta: got 1.0; wanted 0 < beta < 1"),
-        (("--tail", "cut"), "tail: got 'cut'; wanted one of bucket, renormalize, drop"),
+        (("--weight-decay", -0.1), "--weight-decay: got -0.1; wanted at least 0"),
+        (("--max-grad-norm", 0), "--max-grad-norm: got 0.0; wanted a positive number, or inf"),
+        (("--min-prompt-effect", "nan"), "--min-prompt-effect: got nan; wanted at least 0"),
+        (("--divergence", "kl"), "--divergence: got 'kl'; wanted one of forward_kl, reverse_kl, jsd, tvd"),
+        (("--divergence", "jsd", "--beta", 1), "--beta: got 1.0; wanted 0 < beta < 1"),
+        (("--tail", "cut"), "--tail: got 'cut'; wanted one of bucket, renormalize, drop"),
+        (("--seed", -1), "--seed: got -1; wanted 0 <= seed < 2**63"),
         (("--store", "absent"), "absent holds no teacher store"),
     ],
 )
@@ -631,6 +668,38 @@ def test_bad_options_of_train(
 ):
     arguments = ("--model", model_dir, "--store", finished / "store", "--out", tmp_path, *options)
     assert message in refusal("train", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--sample-tokens", 0), "--sample-tokens: got 0; wanted at least 1"),
+        (("--exact-sequences", -1), "--exact-sequences: got -1; wanted at least 1"),
+        (("--sample", "hi", "--sample", ""), "--sample: one is empty; wanted texts to continue"),
+    ],
+)
+def test_bad_options_of_report(
+    model_dir: Path, finished: Path, tmp_path: Path, options: tuple[object, ...], message: str
+):
+    arguments = ("--model", model_dir, "--store", finished / "store", "--trained", finished / "train")
+    assert message in refusal("report", *arguments, "--out", tmp_path, *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--collect-batch", 0), "--collect-batch: got 0; wanted at least 1"),
+        (("--batch-size", 0), "--batch-size: got 0; wanted at least 1"),
+        (("--last-layers", 4), "--last-layers: got 4; wanted 1 to 3"),
+        (("--exact-sequences", 0), "--exact-sequences: got 0; wanted at least 1"),
+    ],
+)
+def test_run_refuses_bad_options_before_the_teacher_runs(
+    model_dir: Path, texts: Path, tmp_path: Path, options: tuple[object, ...], message: str
+):
+    arguments = ("--model", model_dir, "--text", texts, "--out", tmp_path / "run", "--prompt", PROMPT)
+    assert message in refusal("run", *arguments, *options)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_directory_has_one_writer(model_dir: Path, finished: Path, texts: Path):

@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NoReturn
 
-import torch
 import typer
 
 from pyalign._files import DirectoryInUseError
@@ -19,9 +18,11 @@ from pyalign.context_distillation import JobError
 from pyalign.context_distillation.collect import CollectSettings
 from pyalign.context_distillation.collect import collect as collect_store
 from pyalign.context_distillation.language import CausalLM, load
+from pyalign.context_distillation.options import OptionError, positive, read_text
+from pyalign.context_distillation.report import ReportSettings
 from pyalign.context_distillation.report import report as write_report
 from pyalign.context_distillation.texts import make_sequences, read_records
-from pyalign.context_distillation.train import PAPER_FACTOR, TrainSettings, unchanged
+from pyalign.context_distillation.train import PAPER_FACTOR, TrainSettings, select_parameters, unchanged
 from pyalign.context_distillation.train import train as train_model
 from pyalign.teacher_store import LOGPROB_DTYPES, Manifest, StoreError, TeacherStore
 
@@ -76,7 +77,7 @@ PretrainingLr = Annotated[
     typer.Option(help=f"Instead of --learning-rate: the model's pretraining rate; {PAPER_FACTOR} of it is used."),
 ]
 WeightDecay = Annotated[float, typer.Option(help="AdamW's.")]
-MaxGradNorm = Annotated[float, typer.Option(help="Gradients are clipped to this norm.")]
+MaxGradNorm = Annotated[float, typer.Option(help="Gradients are clipped to this norm; inf: they are not.")]
 LastLayers = Annotated[
     int | None, typer.Option(help="Train the last N layers and the final norm alone. Default: everything.")
 ]
@@ -199,9 +200,9 @@ def train(
             weight_decay=weight_decay,
             max_grad_norm=max_grad_norm,
             last_layers=last_layers,
-            divergence=_one_of("divergence", divergence, DIVERGENCES),
+            divergence=divergence,
             beta=beta,
-            tail=_one_of("tail", tail, TAILS),
+            tail=tail,
             seed=seed,
             eval_every=eval_every,
             checkpoint_every=checkpoint_every,
@@ -232,9 +233,9 @@ def report(
         --sample "Human: How do I apologise to a friend?\\n\\nAssistant:"
     """
     with _job() as job:
+        settings = _reporting(sample, sample_tokens, exact_sequences)
         teacher = TeacherStore(store)
-        lm = job.load(model, gguf_file, dtype, device)
-        job.report(lm, teacher, trained, out, sample, sample_tokens, exact_sequences)
+        job.report(job.load(model, gguf_file, dtype, device), teacher, trained, out, settings)
 
 
 @app.command()
@@ -286,15 +287,16 @@ def run(
         --text docs.jsonl --out ./run --last-layers 10
     """
     with _job() as job:
-        collecting = CollectSettings(
-            _prompt(prompt, prompt_file),
-            k,
-            temperature,
-            store_dtype,
-            shard_sequences,
-            collect_batch,
-            prompt_cache,
-        )
+        with _option("batch_size", "collect_batch"):
+            collecting = CollectSettings(
+                _prompt(prompt, prompt_file),
+                k,
+                temperature,
+                store_dtype,
+                shard_sequences,
+                collect_batch,
+                prompt_cache,
+            )
         training = TrainSettings(
             epochs=epochs,
             batch_size=batch_size,
@@ -303,15 +305,17 @@ def run(
             weight_decay=weight_decay,
             max_grad_norm=max_grad_norm,
             last_layers=last_layers,
-            divergence=_one_of("divergence", divergence, DIVERGENCES),
+            divergence=divergence,
             beta=beta,
-            tail=_one_of("tail", tail, TAILS),
+            tail=tail,
             seed=seed,
             eval_every=eval_every,
             checkpoint_every=checkpoint_every,
             min_prompt_effect=min_prompt_effect,
         )
+        reporting = _reporting(sample, sample_tokens, exact_sequences)
         lm = job.load(model, gguf_file, dtype, device)
+        select_parameters(lm, last_layers)  # what it refuses, it refuses before the teacher runs
         job.collect(
             lm,
             text,
@@ -322,7 +326,7 @@ def run(
         teacher = TeacherStore(out / "store")
         with unchanged(lm, last_layers):
             job.train(lm, teacher, training, out / "train")
-        job.report(lm, teacher, out / "train", out, sample, sample_tokens, exact_sequences)
+        job.report(lm, teacher, out / "train", out, reporting)
 
 
 # ---- What the commands share ----
@@ -376,12 +380,11 @@ class _Job:
             yield start, lambda count: progress.advance(task, count)
 
     def load(self, model: Path, gguf_file: str | None, dtype: str, device: str) -> CausalLM:
-        chosen = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         transformers = require("transformers")
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         with self.stage("load") as say:
-            lm = load(model, gguf_file=gguf_file, dtype=dtype, device=chosen)
+            lm = load(model, gguf_file=gguf_file, dtype=dtype, device=device)
             parameters = sum(p.numel() for p in lm.model.parameters())
             say(f"{model}: {parameters / 1e6:.1f} M parameters, vocabulary {lm.vocab_size}, {lm.dtype} on {lm.device}")
         if lm.learned_positions():
@@ -429,27 +432,10 @@ class _Job:
                 f"{result.model}"
             )
 
-    def report(
-        self,
-        lm: CausalLM,
-        store: TeacherStore,
-        trained: Path,
-        out: Path,
-        samples: list[str] | None,
-        tokens: int,
-        exact: int,
-    ) -> None:
+    def report(self, lm: CausalLM, store: TeacherStore, trained: Path, out: Path, settings: ReportSettings) -> None:
         with self.stage("report") as say:
-            shown = [s.replace("\\n", "\n") for s in samples or []]
             figures = write_report(
-                lm,
-                store,
-                trained,
-                out,
-                samples=shown,
-                sample_tokens=tokens,
-                exact_sequences=exact,
-                on_part=lambda part: self.console.print(f"  {part}"),
+                lm, store, trained, out, settings, on_part=lambda part: self.console.print(f"  {part}")
             )
             say(f"{figures.fraction_left:.0%} of the KL is left; {out / 'report.md'}")
 
@@ -459,31 +445,48 @@ def _job() -> Generator[_Job]:
     """Turns refusals into one line and exit code 1; what is a bug keeps its traceback."""
     try:
         yield _Job()
-    except (StoreError, JobError, DirectoryInUseError) as error:
-        print(f"pyalign distill: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+    except OptionError as error:
+        name = _OPTIONS.get(error.option, error.option).replace("_", "-")
+        _refuse(f"--{name}: {error.problem}")
+    except (StoreError, JobError, DirectoryInUseError, PermissionError, FileExistsError, NotADirectoryError) as error:
+        _refuse(str(error))
+
+
+# Settings whose option is called otherwise.
+_OPTIONS = {"sequences_per_shard": "shard_sequences", "logprob_dtype": "store_dtype", "samples": "sample"}
+
+
+@contextmanager
+def _option(setting: str, option: str) -> Generator[None]:
+    """Refusals of ``setting`` name ``option``."""
+    try:
+        yield
+    except OptionError as error:
+        raise OptionError(option if error.option == setting else error.option, error.problem) from None
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"pyalign distill: {message}", file=sys.stderr)
+    raise typer.Exit(1) from None
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:
     if (prompt is None) == (file is None):
-        raise JobError("prompt: wanted either --prompt or --prompt-file")
+        raise OptionError("prompt", f"got {'neither' if file is None else 'both'}; wanted --prompt or --prompt-file")
     if file is None:
         assert prompt is not None
         return prompt
-    if not file.is_file():
-        raise JobError(f"prompt_file: {file} is not a file")
-    return file.read_text(encoding="utf-8")
+    return read_text("prompt_file", file)
 
 
 def _rate(learning_rate: float | None, pretraining: float | None) -> float:
     if learning_rate is not None and pretraining is not None:
-        raise JobError("learning_rate: wanted --learning-rate or --pretraining-lr, not both")
+        raise OptionError("learning_rate", "got --pretraining-lr too; wanted one of them")
     if pretraining is not None:
+        positive("pretraining_lr", pretraining)
         return PAPER_FACTOR * pretraining
     return _TRAIN.learning_rate if learning_rate is None else learning_rate
 
 
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise JobError(f"{name}: got {value!r}; wanted one of {', '.join(choices)}")
-    return value
+def _reporting(samples: list[str] | None, tokens: int, exact: int) -> ReportSettings:
+    return ReportSettings(tuple(s.replace("\\n", "\n") for s in samples or ()), tokens, exact)

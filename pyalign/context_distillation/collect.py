@@ -15,14 +15,19 @@ from pyalign._files import exclusive
 from pyalign.context_distillation import JobError
 from pyalign.context_distillation.language import CausalLM, head_chunks
 from pyalign.context_distillation.log import Log
+from pyalign.context_distillation.options import OptionError, at_least, one_of, positive
 from pyalign.context_distillation.texts import TokenSequence, sequences_digest
 from pyalign.distill import TopKLogprobs, topk_logprobs
-from pyalign.teacher_store import Manifest, SequenceRows, TeacherStoreWriter, text_digest
+from pyalign.teacher_store import LOGPROB_DTYPES, Manifest, SequenceRows, TeacherStoreWriter, text_digest
 
 
 @dataclass(frozen=True)
 class CollectSettings:
-    """How the teacher is run and stored; the defaults are the paper's where it has one (k = 50)."""
+    """How the teacher is run and stored; the defaults are the paper's where it has one (k = 50).
+
+    Raises:
+        OptionError: a setting out of range.
+    """
 
     prompt: str
     k: int = 50
@@ -31,6 +36,12 @@ class CollectSettings:
     sequences_per_shard: int = 256
     batch_size: int = 16  # sequences per forward pass
     prompt_cache: bool = True  # run the prompt once and share its keys and values
+
+    def __post_init__(self) -> None:
+        for name in ("k", "sequences_per_shard", "batch_size"):
+            at_least(name, getattr(self, name), 1)
+        positive("temperature", self.temperature)
+        one_of("logprob_dtype", self.logprob_dtype, LOGPROB_DTYPES)
 
 
 class PromptedModel:
@@ -96,24 +107,21 @@ def collect(
     tokens already stored and all there are, ``on_tokens`` how many were done since.
 
     Raises:
-        JobError: an option out of range.
+        OptionError: k, the prompt or the sequences don't suit the model.
         StoreError: the directory holds a store made with other settings.
     """
-    if not 1 <= settings.k <= lm.vocab_size:
-        raise JobError(f"k: got {settings.k}; wanted 1 <= k <= {lm.vocab_size}, the vocabulary")
-    if not settings.temperature > 0:
-        raise JobError(f"temperature: got {settings.temperature}; wanted a positive number")
-    for name in ("sequences_per_shard", "batch_size"):
-        if getattr(settings, name) < 1:
-            raise JobError(f"{name}: got {getattr(settings, name)}; wanted at least 1")
-
+    if settings.k > lm.vocab_size:
+        raise OptionError("k", f"got {settings.k}; wanted at most {lm.vocab_size}, the vocabulary")
     prompt_tokens = len(lm.encode(settings.prompt))
     if not prompt_tokens:
-        raise JobError("prompt: it is empty; wanted the text to distil into the model")
+        raise OptionError("prompt", "it is empty; wanted the text to distil into the model")
     longest = prompt_tokens + max(len(s.tokens) for s in sequences)
     limit = getattr(lm.model.config, "max_position_embeddings", None)
     if limit is not None and longest > limit:
-        raise JobError(f"chunk_length: prompt and text are {longest} tokens together; the model reads at most {limit}")
+        raise OptionError(
+            "chunk_length",
+            f"prompt and longest text are {longest} tokens together; wanted at most {limit}, what the model reads",
+        )
 
     held_out = [s for s in sequences if s.held_out]
     manifest = Manifest(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pyalign._optional import require
 from pyalign.context_distillation import JobError
+from pyalign.context_distillation.options import OptionError
 from pyalign.teacher_store import Identity
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -23,12 +24,25 @@ _MIB = 1 << 20
 _PROBE = "Human: What's 12 + 7?\n\nAssistant: It's 19, na\u00efve \u6570 \U0001f642.\n\tdef f(x):  return x**2\n"
 
 
+def choose_device(name: str | torch.device) -> torch.device:
+    """The device called ``name``, tried out; "auto" is cuda where there is one, else cpu."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError, ModuleNotFoundError) as error:  # what torch raises, by the kind of device
+        reason = str(error).partition("\n")[0]
+        raise OptionError("device", f"got {str(name)!r} ({reason}); wanted auto, cpu, cuda, cuda:1 ...") from error
+    return device
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype called ``name``; "auto" is bfloat16 where the hardware multiplies it, else float32."""
     if name in DTYPES:
         return DTYPES[name]
     if name != "auto":
-        raise JobError(f"dtype: got {name!r}; wanted auto, {' or '.join(DTYPES)}")
+        raise OptionError("dtype", f"got {name!r}; wanted auto, {' or '.join(DTYPES)}")
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -113,26 +127,38 @@ def load(
         path: the directory, or a ``.gguf`` file.
         gguf_file: the GGUF file's name in the directory; needed only where it holds several, or a config.json.
         dtype: "float32", "bfloat16", or "auto": bfloat16 where the device multiplies it in hardware, else float32.
-        device: where the model goes.
+        device: where the model goes; "auto" is cuda where there is one, else cpu.
 
     Raises:
-        JobError: no such directory, or no model in it.
+        OptionError: no such directory, no model in it, or one that can't be loaded; no such dtype or device.
         ModuleNotFoundError: transformers (for GGUF also gguf or accelerate) is missing; it names the extra.
     """
     transformers = require("transformers")
     directory, gguf_file = _locate(Path(path), gguf_file)
-    device = torch.device(device)
+    device = choose_device(device)
+    torch_dtype = choose_dtype(dtype, device)
     arguments: dict[str, Any] = {"local_files_only": True}
+    quantization: dict[str, Any] = {}
     if gguf_file is not None:
         require("gguf")
         require("accelerate")
         arguments["gguf_file"] = gguf_file
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **arguments)
     if gguf_file is not None and hasattr(transformers, "GgufConfig"):
         # Packed weights, the default of newer versions, can be neither trained nor saved.
-        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    torch_dtype = choose_dtype(dtype, device)
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch_dtype, **arguments)
+        quantization["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **arguments)
+        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch_dtype, output_loading_info=True, **arguments, **quantization
+        )
+    except (OSError, ValueError, require("safetensors").SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise OptionError("model", f"transformers can't load {path}: {reason:.300}") from error
+    if loaded["missing_keys"]:
+        missing = sorted(loaded["missing_keys"])
+        raise OptionError(
+            "model", f"{path} lacks {len(missing)} of its weights, the first is {missing[0]}; they would be random"
+        )
     model = model.to(device).eval()
     body, head, vocab_size = _split_head(model)
     identity = Identity(_model_digest(directory, gguf_file), _tokenizer_digest(tokenizer), vocab_size)
@@ -145,19 +171,19 @@ def _locate(path: Path, gguf_file: str | None) -> tuple[Path, str | None]:
     if path.is_file() and path.suffix == ".gguf":
         return path.parent, path.name
     if not path.is_dir():
-        raise JobError(
-            f"model: {path} is neither a directory nor a .gguf file; wanted a local model (nothing is downloaded)"
+        raise OptionError(
+            "model", f"{path} is neither a directory nor a .gguf file; wanted a local model (nothing is downloaded)"
         )
     if gguf_file is not None:
         if not (path / gguf_file).is_file():
-            raise JobError(f"gguf_file: {path} holds no {gguf_file}")
+            raise OptionError("gguf_file", f"{path} holds no {gguf_file}")
         return path, gguf_file
     if (path / "config.json").exists():
         return path, None
     found = sorted(p.name for p in path.glob("*.gguf"))
     if len(found) != 1:
         which = f"several GGUF files ({', '.join(found)}): name one with --gguf-file" if found else "no GGUF file"
-        raise JobError(f"model: {path} holds no config.json and {which}")
+        raise OptionError("model", f"{path} holds no config.json and {which}")
     return path, found[0]
 
 

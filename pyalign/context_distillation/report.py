@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,28 @@ from pyalign.context_distillation.evaluate import (
 from pyalign.context_distillation.language import CausalLM, load
 from pyalign.context_distillation.log import read_log
 from pyalign.context_distillation.loss_cost import LossCost, measure_apart
+from pyalign.context_distillation.options import OptionError, at_least
 from pyalign.context_distillation.train import held_out_kls
 from pyalign.teacher_store import TeacherStore
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """What the report shows beside the run's own figures.
+
+    Raises:
+        OptionError: a setting out of range.
+    """
+
+    samples: tuple[str, ...] = ()  # texts to continue; none: the beginnings of the first two held-out sequences
+    sample_tokens: int = 60  # length of a continuation
+    exact_sequences: int = 16  # held-out sequences on which the KL over the whole vocabulary is computed too
+
+    def __post_init__(self) -> None:
+        if not all(text.strip() for text in self.samples):
+            raise OptionError("samples", "one is empty; wanted texts to continue")
+        at_least("sample_tokens", self.sample_tokens, 1)
+        at_least("exact_sequences", self.exact_sequences, 1)
 
 
 @dataclass(frozen=True)
@@ -64,10 +84,8 @@ def report(
     store: TeacherStore,
     train_directory: str | Path,
     directory: str | Path,
+    settings: ReportSettings = ReportSettings(),
     *,
-    samples: Sequence[str] = (),
-    sample_tokens: int = 60,
-    exact_sequences: int = 16,
     on_part: Callable[[str], None] = lambda part: None,
 ) -> Figures:
     """Measure and write the report.
@@ -79,10 +97,7 @@ def report(
         store: what it was trained on.
         train_directory: where ``train`` left the log and the trained model, which is loaded from there.
         directory: where the report goes.
-        samples: texts to continue with the plain, the prompted and the distilled model; none given, the beginnings
-            of the first two held-out sequences.
-        sample_tokens: length of a continuation.
-        exact_sequences: on how many held-out sequences to compute the KL over the whole vocabulary too.
+        settings: what it shows beside the run's own figures.
         on_part: told what is measured next.
 
     Raises:
@@ -105,16 +120,16 @@ def report(
 
         on_part("KL over the whole vocabulary")
         held_out = store.split(held_out=True)
-        exact = exact_comparison(lm, distilled, teacher, store, held_out[:exact_sequences])
+        exact = exact_comparison(lm, distilled, teacher, store, held_out[: settings.exact_sequences])
         on_part("samples")
-        texts = list(samples) or [_beginning(lm, store, i) for i in held_out[:2]]
-        prompt = store.manifest.prompt
+        texts = settings.samples or [_beginning(lm, store, i) for i in held_out[:2]]
+        prompt, length = store.manifest.prompt, settings.sample_tokens
         shown = [
             Sample(
                 text,
-                continuation(lm, text, tokens=sample_tokens),
-                continuation(lm, text, prompt=prompt, tokens=sample_tokens),
-                continuation(distilled, text, tokens=sample_tokens),
+                continuation(lm, text, tokens=length),
+                continuation(lm, text, prompt=prompt, tokens=length),
+                continuation(distilled, text, tokens=length),
             )
             for text in texts
         ]

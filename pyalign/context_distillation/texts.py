@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyalign._optional import require
-from pyalign.context_distillation import JobError
+from pyalign.context_distillation.options import OptionError, at_least, not_utf8, read_text
 
 MIN_TOKENS = 8  # a shorter remainder of a document is left out
 
@@ -44,33 +44,42 @@ def read_records(paths: list[Path]) -> list[Record]:
     optional ``"group"``: rows of one group are held out together.
 
     Raises:
-        JobError: a file is missing or empty, or a row has neither form (it names the line).
+        OptionError: a file is missing, empty or not UTF-8, or a row has neither form (it names the line).
     """
     records: list[Record] = []
     for path in paths:
         if not path.is_file():
-            raise JobError(f"text: {path} is not a file")
+            raise OptionError("text", f"{path} is not a file")
         if path.suffix == ".jsonl":
             found = [_record(row, f"{path}:{line}") for line, row in _json_lines(path)]
         elif path.suffix == ".parquet":
-            table: list[dict[str, Any]] = require("pyarrow.parquet").read_table(path).to_pylist()
-            found = [_record(row, f"{path}, row {i}") for i, row in enumerate(table)]
+            found = [_record(row, f"{path}, row {i}") for i, row in enumerate(_parquet_rows(path))]
         else:
-            found = [Record(path.read_text(encoding="utf-8"))]
+            found = [Record(read_text("text", path))]
         if not any(r.text.strip() for r in found):
-            raise JobError(f"text: {path} holds no text")
+            raise OptionError("text", f"{path} holds no text")
         records += found
     return records
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for line, text in enumerate(file, 1):
             if text.strip():
                 try:
-                    yield line, json.loads(text)
+                    yield line, json.loads(text.decode("utf-8"))
+                except UnicodeDecodeError as error:
+                    raise OptionError("text", not_utf8(f"{path}:{line}", error)) from error
                 except ValueError as error:
-                    raise JobError(f"text: {path}:{line} is not JSON ({error})") from error
+                    raise OptionError("text", f"{path}:{line} is not JSON ({error})") from error
+
+
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    table = require("pyarrow.parquet").read_table
+    try:
+        return table(path).to_pylist()
+    except ValueError as error:  # pyarrow.ArrowInvalid is one
+        raise OptionError("text", f"{path} is not Parquet ({error})") from error
 
 
 def _record(row: Any, where: str) -> Record:
@@ -81,7 +90,7 @@ def _record(row: Any, where: str) -> Record:
             return Record(fields["text"], None, group)
         if isinstance(fields.get("question"), str) and isinstance(fields.get("answer"), str):
             return Record(fields["answer"], fields["question"], group)
-    raise JobError(f'text: {where}: wanted {{"text": str}} or {{"question": str, "answer": str}}, got {row!r:.80}')
+    raise OptionError("text", f'{where}: wanted {{"text": str}} or {{"question": str, "answer": str}}, got {row!r:.80}')
 
 
 def is_held_out(key: str, fraction: float, seed: int) -> bool:
@@ -109,16 +118,15 @@ def make_sequences(
     where there is enough of both.
 
     Raises:
-        JobError: a number out of range, or either split is empty.
+        OptionError: a number out of range, or either split is empty.
     """
     prefix = ([] if bos is None else [bos]) + (encode(text_prefix) if text_prefix else [])
     window = chunk_length - len(prefix)
-    if window < MIN_TOKENS:
-        raise JobError(f"chunk_length: got {chunk_length}; wanted at least {len(prefix) + MIN_TOKENS}")
+    at_least("chunk_length", chunk_length, len(prefix) + MIN_TOKENS)
     if not 0.0 < held_out_fraction < 1.0:
-        raise JobError(f"held_out: got {held_out_fraction}; wanted a fraction between 0 and 1")
-    if max_sequences is not None and max_sequences < 2:
-        raise JobError(f"max_sequences: got {max_sequences}; wanted at least 2, one to train on and one held out")
+        raise OptionError("held_out", f"got {held_out_fraction}; wanted a fraction between 0 and 1")
+    if max_sequences is not None:
+        at_least("max_sequences", max_sequences, 2)  # one to train on and one held out
 
     documents: list[TokenSequence] = []
     dialogues: list[TokenSequence] = []
@@ -144,9 +152,10 @@ def make_sequences(
     sequences = sequences[:max_sequences]
     for held_out, what in ((False, "train on"), (True, "hold out")):
         if not any(s.held_out == held_out for s in sequences):
-            raise JobError(
-                f"held_out: with a fraction of {held_out_fraction} none of {len(sequences)} sequences is "
-                f"left to {what}; give more text, another fraction or another seed"
+            raise OptionError(
+                "held_out",
+                f"with a fraction of {held_out_fraction} none of {len(sequences)} sequences is left to {what}; "
+                "wanted more text, another fraction or another seed",
             )
     return sequences
 

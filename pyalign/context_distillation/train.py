@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from pyalign._files import atomic_directory, exclusive, write_text
+from pyalign._types import DIVERGENCES, TAILS
 from pyalign.context_distillation import JobError
 from pyalign.context_distillation.checkpoint import checkpoint_settings, load_checkpoint, save_checkpoint
 from pyalign.context_distillation.evaluate import stored_kl
 from pyalign.context_distillation.language import CausalLM
 from pyalign.context_distillation.log import Log, read_log
+from pyalign.context_distillation.options import OptionError, at_least, one_of, positive
 from pyalign.distill import topk_distillation_loss
 from pyalign.teacher_store import TeacherBatch, TeacherStore
 
@@ -32,6 +34,9 @@ class TrainSettings:
 
     Those are k+1 categories, batches of 32, one pass, and a rate of 0.05 times pretraining's (3e-3 is usual for
     models of some 100 million parameters) falling linearly to 0.
+
+    Raises:
+        OptionError: a setting out of range.
     """
 
     epochs: int = 1
@@ -39,7 +44,7 @@ class TrainSettings:
     micro_batch: int = 8  # sequences per forward and backward pass
     learning_rate: float = PAPER_FACTOR * 3e-3
     weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # inf: not clipped
     last_layers: int | None = None  # train these layers and the final norm alone; None: every parameter
     divergence: str = "forward_kl"
     beta: float = 0.5  # of "jsd"
@@ -48,6 +53,23 @@ class TrainSettings:
     eval_every: int = 0  # steps; 0: before and after alone
     checkpoint_every: int = 20  # steps
     min_prompt_effect: float = 0.01  # nats per token
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "micro_batch", "checkpoint_every"):
+            at_least(name, getattr(self, name), 1)
+        for name in ("weight_decay", "eval_every", "min_prompt_effect"):
+            at_least(name, getattr(self, name), 0)
+        positive("learning_rate", self.learning_rate)
+        if not self.max_grad_norm > 0:
+            raise OptionError("max_grad_norm", f"got {self.max_grad_norm}; wanted a positive number, or inf")
+        if self.last_layers is not None:
+            at_least("last_layers", self.last_layers, 1)
+        one_of("divergence", self.divergence, DIVERGENCES)
+        one_of("tail", self.tail, TAILS)
+        if self.divergence == "jsd" and not 0 < self.beta < 1:
+            raise OptionError("beta", f"got {self.beta}; wanted 0 < beta < 1 with the divergence jsd")
+        if not 0 <= self.seed < 2**63:
+            raise OptionError("seed", f"got {self.seed}; wanted 0 <= seed < 2**63")
 
 
 class TrainResult(NamedTuple):
@@ -72,9 +94,7 @@ def select_parameters(lm: CausalLM, last_layers: int | None) -> dict[str, nn.Par
     else:
         layers = lm.layers()
         if not 1 <= last_layers <= len(layers):
-            raise JobError(
-                f"last_layers: got {last_layers}; wanted 1 <= last_layers <= {len(layers)}, all the model has"
-            )
+            raise OptionError("last_layers", f"got {last_layers}; wanted 1 to {len(layers)}, all the model has")
         outside = {id(p) for p in layers.parameters()}
         trained = [p for layer in layers[len(layers) - last_layers :] for p in layer.parameters()]
         chosen = {id(p) for p in trained} | {id(p) for p in _final_norm(lm, outside)}
@@ -188,10 +208,10 @@ def train(
 
     Raises:
         StoreError: the store was collected from another model.
-        JobError: an option out of range; the directory holds a run with other settings; the prompt changes
+        OptionError: more ``last_layers`` than the model has.
+        JobError: the directory holds a run with other settings; the prompt changes
             the model by less than ``min_prompt_effect``.
     """
-    _check(settings)
     store.require_match(lm.identity)
     directory = Path(directory)
     with exclusive(directory):
@@ -317,17 +337,6 @@ def _micro_batches(store: TeacherStore, indices: list[int], size: int) -> list[l
     """A step's sequences, longest first, so that little of a micro-batch is padding."""
     ordered = sorted(indices, key=lambda i: (-int(store.lengths[i]), i))
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]
-
-
-def _check(settings: TrainSettings) -> None:
-    for name in ("epochs", "batch_size", "micro_batch", "checkpoint_every"):
-        if getattr(settings, name) < 1:
-            raise JobError(f"{name}: got {getattr(settings, name)}; wanted at least 1")
-    if settings.divergence == "jsd" and not 0 < settings.beta < 1:
-        raise JobError(f"beta: got {settings.beta}; wanted 0 < beta < 1 with the divergence jsd")
-    for name in ("learning_rate", "max_grad_norm"):
-        if not getattr(settings, name) > 0:
-            raise JobError(f"{name}: got {getattr(settings, name)}; wanted a positive number")
 
 
 # What may change between a run and its resumption.
