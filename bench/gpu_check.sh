@@ -4,7 +4,7 @@
 # pytest, pytest-benchmark, hypothesis, pybind11 and ninja are installed.
 #
 #   bench/gpu_check.sh [build] [tests] [sanitizer] [bench]     (all of them by default)
-#   OUT=DIR         where logs, bench.json and gpu_check.json go (bench/results)
+#   OUT=DIR         where <GPU>.json (figures, machine, versions, commit) and the logs go (bench/results)
 #   PYTHON=python3  which Python, with torch in it (.venv's, else python3)
 #
 # Without a GPU it compiles every .cu for every target, checks the compilers' reports and the ahead-of-time Triton
@@ -97,7 +97,7 @@ else
 fi
 
 "$python" - "$out" "$gpu" <<'PYTHON'
-import json, pathlib, platform, sys, torch
+import json, pathlib, platform, re, shutil, subprocess, sys, torch
 
 out, gpu = pathlib.Path(sys.argv[1]), sys.argv[2]
 rows = [line.split("\t") for line in (out / ".stages").read_text().splitlines()]
@@ -108,13 +108,32 @@ cases = [
     {"name": case["name"], "median_s": case["stats"]["median"], **case["extra_info"]}
     for case in load("bench.json").get("benchmarks", [])
 ]
-report = {"gpu": gpu or None, "torch": torch.__version__, "machine": platform.machine()}
-report |= {"device": device, "stages": stages, "benchmarks": cases}
-(out / "gpu_check.json").write_text(json.dumps(report, indent=2) + "\n")
-for name in (".stages", "device.json"):
+def said(*command):
+    if shutil.which(command[0]) is None:
+        return None
+    result = subprocess.run(command, capture_output=True, text=True)
+    return result.stdout.strip() if result.returncode == 0 else None
+
+commit = said("git", "rev-parse", "HEAD")
+nvcc = re.search(r"release ([\d.]+)", said("nvcc", "--version") or "")
+report = {
+    "gpu": gpu or None,
+    "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
+    "machine": platform.machine(),
+    "python": platform.python_version(),
+    "torch": torch.__version__,
+    "cuda": {"torch": torch.version.cuda, "nvcc": nvcc and nvcc[1]},
+    "commit": commit and commit + ("+changes" if said("git", "status", "--porcelain") else ""),
+    "device": device,
+    "stages": stages,
+    "benchmarks": cases,
+}
+written = out / f"{re.sub(r'[^a-z0-9]+', '-', (gpu or 'no GPU').lower())}.json"
+written.write_text(json.dumps(report, indent=2) + "\n")
+for name in (".stages", "device.json", "bench.json"):
     (out / name).unlink(missing_ok=True)
 
-print(f"\n{gpu or 'no GPU'}, torch {torch.__version__}; written to {out / 'gpu_check.json'}")
+print(f"\n{gpu or 'no GPU'}, torch {torch.__version__}; commit {report['commit']}; written to {written}")
 for name, value in device.items():
     print(f"{name:<40} {value:12.1f}")
 for case in cases:

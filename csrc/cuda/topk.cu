@@ -1,12 +1,10 @@
 // The k largest log-probs of every row and the log of the mass outside them, for one read of the row from memory.
 //
-//   1. Each thread notes its largest logit. The k-th largest of these is a threshold that at least k logits reach, and
-//   few
-//      more: every thread saw a different part of the row.
+//   1. Each thread notes its largest logit. The k-th largest of these is a threshold that at least k logits reach,
+//      and few more: every thread saw a different part of the row.
 //   2. The row again, from shared memory and L2: what reaches the threshold becomes a candidate, everything else is
-//   folded
-//      into the rest. If there are too many candidates (equal logits, k near the row's length), the threshold is raised
-//      by bisection until they fit, which always ends: keys hold the index, so no two are equal.
+//      folded into the rest. If there are too many candidates (equal logits, k near the row's length), the threshold
+//      is raised by bisection until they fit, which always ends: keys hold the index, so no two are equal.
 //   3. Candidates are ranked by counting the larger ones. Those past the k-th are folded into the rest as well.
 //
 // So the rest is a log-sum-exp over the rest, and nothing is subtracted from 1.

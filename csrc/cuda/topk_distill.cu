@@ -1,14 +1,12 @@
 // Distillation from a teacher's k entries per row, and all the rest as one more category ("bucket"), as no category
 // ("renormalize"), or left out of a bare sum ("drop"): loss and gradient with respect to every logit.
 //
-//   1. A bitmap in shared memory marks the entries' places: the student's rest is a log-sum-exp over what is not
-//   marked.
+//   1. A bitmap in shared memory marks the entries' places: the student's rest is a log-sum-exp over what isn't marked.
 //   2. The row is read once, folding the rest; the entries' own logits are gathered. Together they are the categories,
 //      which go through the same divergences as the entries of a dense row.
-//   3. The map reads the row again from shared memory and L2, and writes what is not marked: the slope of the rest
-//   times
-//      exp(s - its log-sum-exp). The entries' slopes are written by the threads that hold them. Nobody reads what
-//      another writes, so the gradient may overwrite the student.
+//   3. The map reads the row again from shared memory and L2, and writes what isn't marked: the slope of the rest
+//      times exp(s - its log-sum-exp). The entries' slopes are written by the threads that hold them. Nobody reads
+//      what another writes, so the gradient may overwrite the student.
 #include "cuda/losses.cuh"
 
 namespace pyalign::cuda {
