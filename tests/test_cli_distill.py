@@ -23,6 +23,7 @@ pytest.importorskip("matplotlib")
 from safetensors.torch import load_file, save_file  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
+from pyalign.benchmark import peak_extra_memory  # noqa: E402
 from pyalign.cli.distill import app  # noqa: E402
 from pyalign.context_distillation import JobError  # noqa: E402
 from pyalign.context_distillation.collect import CollectSettings, PromptedModel, collect, topk_rows  # noqa: E402
@@ -471,6 +472,23 @@ def test_the_measured_losses_agree():
     ours, torchs = (measure(i, 64, 500, 5, torch.float32, torch.device("cpu")) for i in ("pyalign", "torch"))
     assert ours.loss == pytest.approx(torchs.loss, rel=1e-5)
     assert ours.seconds > 0
+
+
+def test_the_peak_counts_what_a_call_holds_for_a_moment():
+    size = 64 * 2**20
+    peak = peak_extra_memory(lambda: (torch.ones(size // 4) + 1).sum(), torch.device("cpu"))
+    assert 0.9 * 2 * size < peak < 1.2 * 2 * size
+    assert peak_extra_memory(lambda: None, torch.device("cpu")) < size / 16
+
+
+def test_where_no_peak_is_told_the_time_is(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise PermissionError("/proc/self/clear_refs")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    cost = measure("pyalign", 8, 50, 5, torch.float32, torch.device("cpu"))
+    assert cost.peak_bytes is None
+    assert cost.seconds > 0
 
 
 def test_the_report_holds_what_was_measured(lm: CausalLM, finished: Path, tmp_path: Path):

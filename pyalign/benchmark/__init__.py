@@ -52,7 +52,11 @@ def copy_function(like: torch.Tensor) -> tuple[Callable[[], object], int]:
 
 
 def peak_extra_memory(function: Callable[[], object], device: torch.device) -> int:
-    """Bytes that a call holds at its peak beyond what was held before it: the allocator's on a GPU, else resident."""
+    """Bytes that a call holds at its peak beyond what was held before it: the allocator's on a GPU, else resident.
+
+    Raises:
+        OSError: the system tells no peak of the resident set (Linux does).
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -63,7 +67,7 @@ def peak_extra_memory(function: Callable[[], object], device: torch.device) -> i
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here
     before = _status("VmRSS")
     function()
-    return _status("VmHWM") - before
+    return max(_status("VmHWM") - before, 0)  # the kernel counts pages by thread, and adds them up late
 
 
 def _status(field: str) -> int:

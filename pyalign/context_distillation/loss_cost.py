@@ -6,17 +6,17 @@ of its own and prints JSON: there nothing else moves the peak.
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import subprocess
 import sys
-import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyalign.benchmark import peak_extra_memory, seconds
 from pyalign.distill import TopKLogprobs, topk_distillation_loss, topk_logprobs
 
 IMPLEMENTATIONS = ("pyalign", "torch")
@@ -46,18 +46,15 @@ def measure(implementation: str, rows: int, vocab: int, k: int, dtype: torch.dty
     if device.type == "cpu":
         _loss_and_gradient(implementation, *_inputs(8, 64, 4, dtype, device))  # loads code, starts threads
     logits, teacher = _inputs(rows, vocab, k, dtype, device)
-    before = _reset_peak(device)
-    loss = _loss_and_gradient(implementation, logits, teacher)
-    peak = _peak(device)
-    used = None if before is None or peak is None else max(peak - before, 0)
-    seconds: list[float] = []
-    while len(seconds) < 3 or (sum(seconds) < 1.0 and len(seconds) < 20):
-        begin = time.perf_counter()
-        _loss_and_gradient(implementation, logits, teacher)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - begin)
-    return LossCost(statistics.median(seconds), used, float(loss))
+    call = functools.partial(_loss_and_gradient, implementation, logits, teacher)
+    try:
+        peak = peak_extra_memory(call, device)
+    except OSError:
+        peak = None
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < 1.0 and len(times) < 20):
+        times.append(seconds(call, device))
+    return LossCost(statistics.median(times), peak, float(call()))
 
 
 def measure_apart(
@@ -101,32 +98,6 @@ def _loss_and_gradient(implementation: str, logits: Tensor, teacher: TopKLogprob
     loss = function(logits, teacher)
     torch.autograd.grad(loss, logits)
     return loss.detach()
-
-
-def _reset_peak(device: torch.device) -> int | None:
-    """Bytes in use now; from here on ``_peak`` counts."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark falls to the present size
-    except OSError:
-        return None
-    return _status("VmRSS")
-
-
-def _peak(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _status("VmHWM")
-
-
-def _status(field: str) -> int | None:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def main() -> None:
