@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -23,6 +24,7 @@ pytest.importorskip("matplotlib")
 from safetensors.torch import load_file, save_file  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
+from pyalign._types import DIVERGENCES, TAILS  # noqa: E402
 from pyalign.benchmark import peak_extra_memory  # noqa: E402
 from pyalign.cli.distill import app  # noqa: E402
 from pyalign.context_distillation import JobError  # noqa: E402
@@ -30,7 +32,7 @@ from pyalign.context_distillation.collect import CollectSettings, PromptedModel,
 from pyalign.context_distillation.evaluate import exact_comparison, stored_kl  # noqa: E402
 from pyalign.context_distillation.language import CausalLM, choose_dtype, load  # noqa: E402
 from pyalign.context_distillation.log import Log, read_log  # noqa: E402
-from pyalign.context_distillation.loss_cost import measure, torch_topk_loss  # noqa: E402
+from pyalign.context_distillation.loss_cost import LossCase, measure, measure_apart, torch_topk_loss  # noqa: E402
 from pyalign.context_distillation.report import ReportSettings, report  # noqa: E402
 from pyalign.context_distillation.texts import Record, is_held_out, make_sequences, read_records  # noqa: E402
 from pyalign.context_distillation.train import (  # noqa: E402
@@ -462,16 +464,40 @@ def test_the_exact_kl_is_at_least_that_of_the_categories(lm: CausalLM, finished:
 # ---- Report ----
 
 
-def test_the_loss_in_plain_torch_is_the_same_loss():
-    logits = 3 * torch.randn(7, 50)
-    teacher = topk_logprobs(3 * torch.randn(7, 50), 5)
-    torch.testing.assert_close(torch_topk_loss(logits, teacher), topk_distillation_loss(logits, teacher))
+@pytest.mark.parametrize("k", [5, 50])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_loss_in_plain_torch_is_the_same_loss(divergence: str, tail: str, temperature: float, k: int):
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher_logits = (3 * torch.randn(7, 50, generator=generator) for _ in range(2))
+    logits.requires_grad_()
+    teacher = topk_logprobs(teacher_logits, k, temperature=temperature)
+    options = {"divergence": divergence, "beta": 0.3, "tail": tail}
+    losses = [f(logits, teacher, **options) for f in (torch_topk_loss, topk_distillation_loss)]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    gradients = [torch.autograd.grad(loss, logits)[0] for loss in losses]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
-def test_the_measured_losses_agree():
-    ours, torchs = (measure(i, 64, 500, 5, torch.float32, torch.device("cpu")) for i in ("pyalign", "torch"))
+CASE = LossCase(64, 500, 5, "float32", "cpu", 1, temperature=2.0, divergence="reverse_kl", beta=0.3, tail="renormalize")
+
+
+def test_the_measured_losses_agree_and_are_those_of_the_case():
+    ours, torchs = (measure(i, CASE) for i in ("pyalign", "torch"))
     assert ours.loss == pytest.approx(torchs.loss, rel=1e-5)
     assert ours.seconds > 0
+    for other in ({"temperature": 1.0}, {"divergence": "jsd"}, {"tail": "bucket"}):
+        assert measure("pyalign", dataclasses.replace(CASE, **other)).loss != pytest.approx(ours.loss, rel=1e-2)
+
+
+def test_the_loss_is_measured_apart_with_the_package_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "pyalign").mkdir()
+    (tmp_path / "pyalign" / "__init__.py").write_text("raise SystemExit('another pyalign')")
+    monkeypatch.chdir(tmp_path)
+    assert measure_apart("torch", CASE).loss == pytest.approx(measure("torch", CASE).loss, rel=1e-5)
+    with pytest.raises(RuntimeError, match=r"^ValueError: implementation: got 'numpy'; wanted pyalign or torch$"):
+        measure_apart("numpy", CASE)
 
 
 def test_the_peak_counts_what_a_call_holds_for_a_moment():
@@ -486,7 +512,7 @@ def test_where_no_peak_is_told_the_time_is(monkeypatch: pytest.MonkeyPatch):
         raise PermissionError("/proc/self/clear_refs")
 
     monkeypatch.setattr(Path, "write_text", refuse)
-    cost = measure("pyalign", 8, 50, 5, torch.float32, torch.device("cpu"))
+    cost = measure("pyalign", CASE)
     assert cost.peak_bytes is None
     assert cost.seconds > 0
 
@@ -511,10 +537,45 @@ def test_the_report_holds_what_was_measured(lm: CausalLM, finished: Path, tmp_pa
         assert expected in text
     assert "Caution" not in text  # rotary positions
     assert 0 < figures.loss_share < 1
+    assert figures.loss_pyalign is not None
+    assert figures.loss_torch is not None
     assert figures.loss_pyalign.loss == pytest.approx(figures.loss_torch.loss, rel=1e-4)
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "report.json").read_text())["kl_after"] == figures.kl_after
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_the_report_measures_the_loss_that_was_trained(
+    lm: CausalLM, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    collect(lm, sequences_of(lm, texts), dataclasses.replace(COLLECT, temperature=1.5), tmp_path / "store")
+    store = TeacherStore(tmp_path / "store")
+    settings = TrainSettings(batch_size=2, micro_batch=8, divergence="jsd", beta=0.3, tail="renormalize")
+    with unchanged(lm, None):
+        train(lm, store, settings, tmp_path / "train")
+    measured: list[LossCase] = []
+
+    def measure_or_fail(implementation: str, case: LossCase) -> Any:
+        measured.append(case)
+        if implementation == "torch":
+            raise RuntimeError("ended by SIGKILL")
+        return measure(implementation, case)
+
+    monkeypatch.setattr("pyalign.context_distillation.report.measure_apart", measure_or_fail)
+    parts: list[str] = []
+    half = dataclasses.replace(lm, model=lm.model.bfloat16())  # read in another dtype than it was trained in
+    figures = report(half, store, tmp_path / "train", tmp_path, ReportSettings(("hi",), 4, 2), on_part=parts.append)
+    case = LossCase(2 * CHUNK, 257, 6, "float32", "cpu", 1, 1.5, "jsd", 0.3, "renormalize")
+    assert measured == [case, case]
+    text = (tmp_path / "report.md").read_text()
+    assert (
+        "as trained (`jsd` (beta 0.3), tail `renormalize`, top 6, temperature 1.5), on random logits 72 x 257 in "
+        "float32 (one micro-batch), on cpu, 1 threads" in text
+    )
+    assert "the loss in torch could not be measured: ended by SIGKILL" in parts
+    assert "| plain torch | could not be measured |" in text
+    assert figures.loss_torch is None
+    assert json.loads((tmp_path / "report.json").read_text())["loss_case"]["divergence"] == "jsd"
 
 
 def test_learned_positions_are_noticed(tmp_path: Path, lm: CausalLM):

@@ -435,7 +435,7 @@ class _Job:
     def report(self, lm: CausalLM, store: TeacherStore, trained: Path, out: Path, settings: ReportSettings) -> None:
         with self.stage("report") as say:
             figures = write_report(
-                lm, store, trained, out, settings, on_part=lambda part: self.console.print(f"  {part}")
+                lm, store, trained, out, settings, on_part=lambda part: self.console.print(f"  {part}", markup=False)
             )
             say(f"{figures.fraction_left:.0%} of the KL is left; {out / 'report.md'}")
 

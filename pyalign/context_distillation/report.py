@@ -23,7 +23,7 @@ from pyalign.context_distillation.evaluate import (
 )
 from pyalign.context_distillation.language import CausalLM, load
 from pyalign.context_distillation.log import read_log
-from pyalign.context_distillation.loss_cost import LossCost, measure_apart
+from pyalign.context_distillation.loss_cost import LossCase, LossCost, measure_apart
 from pyalign.context_distillation.options import OptionError, at_least
 from pyalign.context_distillation.train import held_out_kls
 from pyalign.teacher_store import TeacherStore
@@ -70,9 +70,9 @@ class Figures:
     train_seconds: float
     bytes_per_token: float
     loss_share: float  # of a training step's time
-    loss_rows: int  # the shape at which the loss alone was measured: one micro-batch
-    loss_pyalign: LossCost
-    loss_torch: LossCost
+    loss_case: LossCase  # the loss as it was trained, on the rows of one micro-batch at most
+    loss_pyalign: LossCost | None  # of that loss alone; None: it could not be measured
+    loss_torch: LossCost | None
 
     @property
     def fraction_left(self) -> float:
@@ -135,9 +135,14 @@ def report(
         ]
         on_part("the loss alone, and in plain torch")
         steps = [e for e in log if e["event"] == "step"]
-        rows = min(described["settings"]["micro_batch"] * int(store.lengths.max()), store.manifest.num_tokens)
-        shape = (rows, lm.vocab_size, store.manifest.k, lm.dtype, lm.device)
-        costs = {name: measure_apart(name, *shape) for name in ("pyalign", "torch")}
+        case = _trained_loss(lm, store, described)
+        costs: dict[str, LossCost | None] = {}
+        for name in ("pyalign", "torch"):
+            try:
+                costs[name] = measure_apart(name, case)
+            except RuntimeError as error:  # plain torch may want more memory than there is
+                on_part(f"the loss in {name} could not be measured: {error}")
+                costs[name] = None
 
         collect_tokens, collect_seconds = _collect_log(store.directory)
         train_seconds = sum(e["seconds"] for e in steps)
@@ -153,17 +158,35 @@ def report(
             train_seconds=train_seconds,
             bytes_per_token=store.num_bytes / store.manifest.num_tokens,
             loss_share=sum(e["loss_seconds"] for e in steps) / train_seconds,
-            loss_rows=rows,
+            loss_case=case,
             loss_pyalign=costs["pyalign"],
             loss_torch=costs["torch"],
         )
         _draw(log, store.manifest.k, directory / "curve.png")
         fields = {**dataclasses.asdict(figures), "fraction_left": figures.fraction_left}
-        for name in ("exact", "loss_pyalign", "loss_torch"):
-            fields[name] = getattr(figures, name)._asdict()
+        for name, value in (("exact", exact), ("loss_pyalign", costs["pyalign"]), ("loss_torch", costs["torch"])):
+            fields[name] = None if value is None else value._asdict()
         write_text(directory / "report.json", json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
         write_text(directory / "report.md", _markdown(figures, store, lm, described, len(steps)))
     return figures
+
+
+def _trained_loss(lm: CausalLM, store: TeacherStore, described: dict[str, Any]) -> LossCase:
+    """The loss of the run, on as many rows as its largest micro-batch can have."""
+    settings = described["settings"]
+    sequences = min(settings["micro_batch"], settings["batch_size"])
+    return LossCase(
+        rows=min(sequences * int(store.lengths.max()), store.manifest.num_tokens),
+        vocab=lm.vocab_size,
+        k=store.manifest.k,
+        dtype=described["dtype"],
+        device=str(lm.device),
+        threads=torch.get_num_threads(),
+        temperature=store.manifest.temperature,
+        divergence=settings["divergence"],
+        beta=settings["beta"],
+        tail=settings["tail"],
+    )
 
 
 def _collect_log(directory: Path) -> tuple[int, float]:
@@ -232,8 +255,7 @@ def _markdown(figures: Figures, store: TeacherStore, lm: CausalLM, described: di
         _table(["", ""], _run_rows(store, lm, described, steps)),
         "## Cost",
         _table(["", ""], _speed_rows(figures)),
-        f"The loss and its gradient alone, logits {figures.loss_rows} x {lm.vocab_size} in "
-        f"{described['dtype']} (one micro-batch), on {lm.device.type}, {torch.get_num_threads()} threads:",
+        _case_name(figures.loss_case),
         _table(
             ["", "time", "peak memory", "loss"],
             [_cost_row("pyalign", figures.loss_pyalign), _cost_row("plain torch", figures.loss_torch)],
@@ -273,7 +295,7 @@ def _run_rows(store: TeacherStore, lm: CausalLM, described: dict[str, Any], step
             f"top {manifest.k} and the rest, {manifest.logprob_dtype}, temperature {manifest.temperature:g}",
         ],
         ["trained", f"{trained}; computed in {described['dtype']}, AdamW on float32 weights"],
-        ["loss", _loss_name(settings)],
+        ["loss", _loss_name(settings["divergence"], settings["beta"], settings["tail"])],
         ["schedule", schedule],
     ]
 
@@ -294,12 +316,22 @@ def _kl_row(name: str, before: float, after: float) -> list[str]:
     return [name, f"{before:.4f}", f"{after:.4f}", f"{fraction_left(before, after):.0%}"]
 
 
-def _loss_name(settings: dict[str, Any]) -> str:
-    beta = f" (beta {settings['beta']:g})" if settings["divergence"] == "jsd" else ""
-    return f"`{settings['divergence']}`{beta}, tail `{settings['tail']}`"
+def _loss_name(divergence: str, beta: float, tail: str) -> str:
+    weight = f" (beta {beta:g})" if divergence == "jsd" else ""
+    return f"`{divergence}`{weight}, tail `{tail}`"
 
 
-def _cost_row(name: str, cost: LossCost) -> list[str]:
+def _case_name(case: LossCase) -> str:
+    return (
+        f"The loss and its gradient alone, as trained ({_loss_name(case.divergence, case.beta, case.tail)}, top "
+        f"{case.k}, temperature {case.temperature:g}), on random logits {case.rows} x {case.vocab} in {case.dtype} "
+        f"(one micro-batch), on {case.device}, {case.threads} threads:"
+    )
+
+
+def _cost_row(name: str, cost: LossCost | None) -> list[str]:
+    if cost is None:
+        return [name, "could not be measured", "", ""]
     memory = "not measured here" if cost.peak_bytes is None else f"{cost.peak_bytes / 2**20:.0f} MiB"
     return [name, f"{cost.seconds * 1e3:.1f} ms", memory, f"{cost.loss:.6f}"]
 
