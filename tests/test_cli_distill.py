@@ -636,6 +636,24 @@ def test_other_settings_are_not_resumed(model_dir: Path, finished: Path, texts: 
     assert "prompt_digest" in message
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logprob_dtype": "bfloat16"}, "the store's logprob_dtype was 'float16' and is 'bfloat16' now"),
+        ({"compute_dtype": "bfloat16"}, "the store's compute_dtype was 'float32' and is 'bfloat16' now"),
+        ({"k": 5}, "the store's k was 6 and is 5 now"),
+    ],
+)
+def test_training_goes_on_with_the_same_teacher_rows_alone(
+    lm: CausalLM, finished: Path, tmp_path: Path, change: dict[str, Any], message: str
+):
+    store = TeacherStore(finished / "store")
+    train(lm, store, TRAIN, finished / "train")  # the same: finished already
+    store.manifest = dataclasses.replace(store.manifest, **change)
+    with pytest.raises(JobError, match=f"holds a run with other settings: {message}\\. Give"):
+        train(lm, store, TRAIN, finished / "train")
+
+
 def test_an_unfinished_run_has_no_report(model_dir: Path, finished: Path, tmp_path: Path):
     arguments = (
         "--model",

@@ -23,7 +23,7 @@ from pyalign.context_distillation.language import CausalLM
 from pyalign.context_distillation.log import Log, read_log
 from pyalign.context_distillation.options import OptionError, at_least, one_of, positive
 from pyalign.distill import topk_distillation_loss
-from pyalign.teacher_store import TeacherBatch, TeacherStore
+from pyalign.teacher_store import Manifest, TeacherBatch, TeacherStore
 
 PAPER_FACTOR = 0.05  # the paper's learning rate, as a fraction of pretraining's
 
@@ -347,26 +347,39 @@ def _description(store: TeacherStore, settings: TrainSettings, lm: CausalLM) -> 
     """Everything that decides the weights: a run resumes only where all of it is the same."""
     return {
         "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in _FREE},
-        "store": {
-            "sequences": store.manifest.sequences_digest,
-            "model": store.manifest.identity.model,
-            "prompt": store.manifest.prompt_digest,
-            "k": store.manifest.k,
-            "temperature": store.manifest.temperature,
-        },
+        "store": describe_store(store.manifest),
         "dtype": str(lm.dtype).removeprefix("torch."),
     }
 
 
+def describe_store(manifest: Manifest) -> dict[str, Any]:
+    """Everything that decides a store's rows."""
+    return {
+        "sequences": manifest.sequences_digest,
+        "model": manifest.identity.model,
+        "tokenizer": manifest.identity.tokenizer,
+        "prompt": manifest.prompt_digest,
+        "k": manifest.k,
+        "temperature": manifest.temperature,
+        "logprob_dtype": manifest.logprob_dtype,
+        "compute_dtype": manifest.compute_dtype,
+    }
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any], what: str = "") -> list[str]:
+    """In words, every entry of ``wanted`` that was another in ``found``."""
+    return [
+        f"{what}{k} was {found.get(k)!r} and is {v!r} now" for k, v in wanted.items() if k not in found or found[k] != v
+    ]
+
+
 def _check_same(found: dict[str, Any], wanted: dict[str, Any], directory: Path) -> None:
-    old, new = (
-        {**d["settings"], **{f"store's {k}": v for k, v in d["store"].items()}, "dtype": d["dtype"]}
-        for d in (found, wanted)
-    )
-    differences = [f"{k} was {old.get(k)!r} and is {new.get(k)!r} now" for k in new if old.get(k) != new[k]]
-    if differences:
+    changed = differences(found["settings"], wanted["settings"])
+    changed += differences(found["store"], wanted["store"], "the store's ")
+    changed += differences({"dtype": found["dtype"]}, {"dtype": wanted["dtype"]})
+    if changed:
         raise JobError(
-            f"{directory} holds a run with other settings: {'; '.join(differences)}. Give another directory, "
+            f"{directory} holds a run with other settings: {'; '.join(changed)}. Give another directory, "
             "or delete this one"
         )
 
