@@ -924,6 +924,15 @@ def test_train_killed_at_several_steps(launcher, model_dir: Path, finished: Path
     assert not (tmp_path / "checkpoint.safetensors").exists()
 
 
+def test_a_finished_training_leaves_no_checkpoint(lm: CausalLM, finished: Path, tmp_path: Path):
+    directory = tmp_path / "train"
+    shutil.copytree(finished / "train", directory)
+    (directory / "checkpoint.safetensors").write_bytes(b"of a run that was killed after it had saved the model")
+    result = train(lm, TeacherStore(finished / "store"), TRAIN, directory)
+    assert result.kl_after < result.kl_before
+    assert not list(directory.glob("checkpoint*"))
+
+
 def test_report_killed_and_run_again(launcher, model_dir: Path, finished: Path, tmp_path: Path):
     command = ["report", "--model", model_dir, "--store", finished / "store", "--trained", finished / "train"]
     command += ["--out", tmp_path, *REPORTING]

@@ -221,6 +221,7 @@ def train(
         if model_path.exists():
             on_start(len(plan), len(plan))
             _check_same(json.loads((directory / "train.json").read_text(encoding="utf-8")), description, directory)
+            checkpoint.unlink(missing_ok=True)  # it was killed between saving the model and this
             kls = held_out_kls(read_log(log_path))
             return TrainResult(directory, kls[0][1], kls[-1][1])
         if checkpoint.exists():
