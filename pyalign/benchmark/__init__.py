@@ -6,15 +6,17 @@ given as a share of the copy bandwidth measured between the same turns.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import torch
 
-__all__ = ["copy_function", "interleaved", "peak_extra_memory", "seconds"]
+__all__ = ["copy_function", "interleaved", "kept_memory", "peak_extra_memory", "seconds"]
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
@@ -43,6 +45,33 @@ def interleaved(
         for name, function in functions.items():
             times[name].append(seconds(function, device))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+@contextlib.contextmanager
+def kept_memory(size: int) -> Generator[bool]:
+    """Within it, ``size`` bytes stay with the process when they are freed, as a GPU's caching allocator keeps them.
+
+    The C library hands large blocks back to the system at once, and a fresh page costs more than the work on it: on a
+    CPU, every tensor expression would be timed by its allocations. Yields whether it works here: glibc is needed.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        yield False
+        return
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
+    mmap_max, trim_threshold = -4, -1  # malloc.h
+    libc.mallopt(mmap_max, 0)
+    libc.mallopt(trim_threshold, -1)
+    block = libc.malloc(size)
+    ctypes.memset(block, 0, size)
+    libc.free(block)
+    try:
+        yield True
+    finally:
+        libc.mallopt(mmap_max, 65536)
+        libc.mallopt(trim_threshold, 128 * 1024)
+        libc.malloc_trim(0)
 
 
 def copy_function(like: torch.Tensor) -> tuple[Callable[[], object], int]:
