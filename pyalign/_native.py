@@ -20,6 +20,7 @@ from pyalign._types import (
     rows,
 )
 
+_ONE_STRIDE = 1 << 62  # rows up to this number are reached by the inner stride alone
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
@@ -29,6 +30,8 @@ def _pointer(x: Tensor | None) -> int:
 
 def _rows(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int]]:
     """The tensor that holds the rows (``x`` or its one copy) and how C++ finds them in it."""
+    if x.is_contiguous():
+        return x, (x.data_ptr(), _DTYPE[x.dtype], _ONE_STRIDE, 0, x.shape[-1])
     tensor, _, inner, outer_stride, inner_stride = rows(x)
     return tensor, (tensor.data_ptr(), _DTYPE[x.dtype], inner, outer_stride, inner_stride)
 
