@@ -654,6 +654,19 @@ def test_training_goes_on_with_the_same_teacher_rows_alone(
         train(lm, store, TRAIN, finished / "train")
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run(lm: CausalLM, finished: Path, tmp_path: Path):
+    settings = dataclasses.replace(TRAIN, learning_rate=1e30, max_grad_norm=math.inf)
+    with pytest.raises(JobError, match=r"the gradient of step \d+ is not finite .* a lower --learning-rate"):
+        train(lm, TeacherStore(finished / "store"), settings, tmp_path)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_model_that_gives_nan_is_not_trained(lm: CausalLM, finished: Path, tmp_path: Path):
+    torch.nn.init.constant_(lm.model.model.norm.weight, math.nan)
+    with pytest.raises(JobError, match="log-probs are NaN on held-out text"):
+        train(lm, TeacherStore(finished / "store"), TRAIN, tmp_path)
+
+
 def test_an_unfinished_run_has_no_report(model_dir: Path, finished: Path, tmp_path: Path):
     arguments = (
         "--model",

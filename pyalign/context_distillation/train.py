@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -198,6 +199,8 @@ def train(
 ) -> TrainResult:
     """Lower the divergence from the stored teacher; ``lm`` changes in place and is saved in ``directory/model``.
 
+    Where that is done already, ``lm`` stays as it is.
+
     A step is ``batch_size`` sequences, divided into micro-batches whose losses share the step's number of
     tokens as their denominator: accumulation changes nothing but rounding. Each epoch's order is a
     permutation of (seed, epoch). The last batch of an epoch may be smaller; nothing is left out.
@@ -209,8 +212,8 @@ def train(
     Raises:
         StoreError: the store was collected from another model.
         OptionError: more ``last_layers`` than the model has.
-        JobError: the directory holds a run with other settings; the prompt changes
-            the model by less than ``min_prompt_effect``.
+        JobError: the directory holds a run with other settings, or one without its log; the prompt changes the model
+            by less than ``min_prompt_effect``; a gradient is not finite.
     """
     store.require_match(lm.identity)
     directory = Path(directory)
@@ -242,6 +245,8 @@ def train(
 
         if not resumed:
             before = stored_kl(lm, store, held_out)
+            if math.isnan(before):
+                raise JobError("the model's log-probs are NaN on held-out text; another --dtype (float32) may help")
             if before < settings.min_prompt_effect:
                 raise JobError(
                     f"the prompt hardly changes the model: KL(prompted || plain) is {before:.2g} nats per "
@@ -264,7 +269,12 @@ def train(
             rate = schedule(step, len(plan), settings.learning_rate)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            norm = nn.utils.clip_grad_norm_(masters.masters, settings.max_grad_norm)
+            norm = float(nn.utils.clip_grad_norm_(masters.masters, settings.max_grad_norm))
+            if not math.isfinite(norm):
+                raise JobError(
+                    f"the gradient of step {step + 1} is not finite (its norm is {norm}, the loss {float(loss):.4g}): "
+                    "a lower --learning-rate, a --max-grad-norm or --dtype float32 may help; start in another directory"
+                )
             optimizer.step()
             optimizer.zero_grad()
             masters.publish()
@@ -275,7 +285,7 @@ def train(
                 step=step,
                 loss=value,
                 learning_rate=rate,
-                grad_norm=float(norm),
+                grad_norm=norm,
                 tokens=tokens,
                 loss_seconds=round(watch.take(), 4),
                 seconds=round(time.perf_counter() - begin, 4),
