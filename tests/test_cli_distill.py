@@ -654,6 +654,19 @@ def test_training_goes_on_with_the_same_teacher_rows_alone(
         train(lm, store, TRAIN, finished / "train")
 
 
+def test_a_run_is_reported_with_its_own_store_and_log(lm: CausalLM, texts: Path, finished: Path, tmp_path: Path):
+    collect(lm, sequences_of(lm, texts), dataclasses.replace(COLLECT, k=5), tmp_path / "store")
+    with pytest.raises(JobError, match=r"train was not trained on .*store: the store's k was 6 and is 5 now\. Give"):
+        report(lm, TeacherStore(tmp_path / "store"), finished / "train", tmp_path)
+    shutil.copytree(finished / "train", tmp_path / "train")
+    (tmp_path / "train" / "train.jsonl").unlink()
+    store = TeacherStore(finished / "store")
+    with pytest.raises(JobError, match=r"train\.jsonl was lost"):
+        report(lm, store, tmp_path / "train", tmp_path)
+    with pytest.raises(JobError, match=r"train\.jsonl was lost"):
+        train(lm, store, TRAIN, tmp_path / "train")
+
+
 def test_a_gradient_that_is_not_finite_stops_the_run(lm: CausalLM, finished: Path, tmp_path: Path):
     settings = dataclasses.replace(TRAIN, learning_rate=1e30, max_grad_norm=math.inf)
     with pytest.raises(JobError, match=r"the gradient of step \d+ is not finite .* a lower --learning-rate"):
@@ -802,6 +815,11 @@ def test_bad_options_of_report(
         (("--batch-size", 0), "--batch-size: got 0; wanted at least 1"),
         (("--last-layers", 4), "--last-layers: got 4; wanted 1 to 3"),
         (("--exact-sequences", 0), "--exact-sequences: got 0; wanted at least 1"),
+        (
+            ("--sample-tokens", 87),
+            "--sample-tokens: got 87; wanted at most 86, what prompt and sample leave",
+        ),
+        (("--sample-tokens", 102, "--sample", "too long?"), "--sample-tokens: got 102; wanted at most 101"),
     ],
 )
 def test_run_refuses_bad_options_before_the_teacher_runs(

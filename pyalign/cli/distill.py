@@ -19,7 +19,7 @@ from pyalign.context_distillation.collect import CollectSettings
 from pyalign.context_distillation.collect import collect as collect_store
 from pyalign.context_distillation.language import CausalLM, load
 from pyalign.context_distillation.options import OptionError, positive, read_text
-from pyalign.context_distillation.report import ReportSettings
+from pyalign.context_distillation.report import ReportSettings, check_samples
 from pyalign.context_distillation.report import report as write_report
 from pyalign.context_distillation.texts import make_sequences, read_records
 from pyalign.context_distillation.train import PAPER_FACTOR, TrainSettings, select_parameters, unchanged
@@ -315,7 +315,9 @@ def run(
         )
         reporting = _reporting(sample, sample_tokens, exact_sequences)
         lm = job.load(model, gguf_file, dtype, device)
-        select_parameters(lm, last_layers)  # what it refuses, it refuses before the teacher runs
+        # What these refuse, they refuse before the teacher runs.
+        select_parameters(lm, last_layers)
+        check_samples(lm, collecting.prompt, reporting)
         job.collect(
             lm,
             text,

@@ -116,11 +116,10 @@ def collect(
     if not prompt_tokens:
         raise OptionError("prompt", "it is empty; wanted the text to distil into the model")
     longest = prompt_tokens + max(len(s.tokens) for s in sequences)
-    limit = getattr(lm.model.config, "max_position_embeddings", None)
-    if limit is not None and longest > limit:
+    if lm.context is not None and longest > lm.context:
         raise OptionError(
             "chunk_length",
-            f"prompt and longest text are {longest} tokens together; wanted at most {limit}, what the model reads",
+            f"prompt and longest text are {longest} tokens together; wanted at most {lm.context}, what the model reads",
         )
 
     held_out = [s for s in sequences if s.held_out]

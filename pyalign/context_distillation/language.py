@@ -79,6 +79,11 @@ class CausalLM:
     def vocab_size(self) -> int:
         return self.identity.vocab_size
 
+    @property
+    def context(self) -> int | None:
+        """How many tokens the model reads at most, if it says so."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text`` alone, with no special token added."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -25,8 +25,10 @@ from pyalign.context_distillation.language import CausalLM, load
 from pyalign.context_distillation.log import read_log
 from pyalign.context_distillation.loss_cost import LossCase, LossCost, measure_apart
 from pyalign.context_distillation.options import OptionError, at_least
-from pyalign.context_distillation.train import held_out_kls
+from pyalign.context_distillation.train import describe_store, differences, held_out_kls
 from pyalign.teacher_store import TeacherStore
+
+_BEGINNING = 24  # tokens of a held-out sequence that are continued where no sample is given
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ def report(
         on_part: told what is measured next.
 
     Raises:
-        JobError: training has not finished.
+        OptionError: prompt, sample and continuation are longer than the model reads.
+        JobError: training has not finished, was on another store, or its log is lost.
         StoreError: the store was collected from another model.
     """
     store.require_match(lm.identity)
@@ -110,20 +113,28 @@ def report(
         raise JobError(
             f"{train_directory} holds no trained model; `pyalign distill train` makes it, or goes on making it"
         )
+    prompt, length = store.manifest.prompt, settings.sample_tokens
+    check_samples(lm, prompt, settings)
     with exclusive(directory):
         log = read_log(train_directory / "train.jsonl")
         described: dict[str, Any] = json.loads((train_directory / "train.json").read_text(encoding="utf-8"))
+        changed = differences(described["store"], describe_store(store.manifest), "the store's ")
+        if changed:
+            raise JobError(
+                f"{train_directory} was not trained on {store.directory}: {'; '.join(changed)}. Give the store that it "
+                "was trained on"
+            )
+        kls = held_out_kls(log)
         dtype = str(lm.dtype).removeprefix("torch.")
         on_part("load the distilled model")
         distilled = load(train_directory / "model", dtype=dtype, device=lm.device)
-        teacher = PromptedModel(lm, store.manifest.prompt)
+        teacher = PromptedModel(lm, prompt)
 
         on_part("KL over the whole vocabulary")
         held_out = store.split(held_out=True)
         exact = exact_comparison(lm, distilled, teacher, store, held_out[: settings.exact_sequences])
         on_part("samples")
         texts = settings.samples or [_beginning(lm, store, i) for i in held_out[:2]]
-        prompt, length = store.manifest.prompt, settings.sample_tokens
         shown = [
             Sample(
                 text,
@@ -146,7 +157,6 @@ def report(
 
         collect_tokens, collect_seconds = _collect_log(store.directory)
         train_seconds = sum(e["seconds"] for e in steps)
-        kls = held_out_kls(log)
         figures = Figures(
             kl_before=kls[0][1],
             kl_after=kls[-1][1],
@@ -169,6 +179,20 @@ def report(
         write_text(directory / "report.json", json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
         write_text(directory / "report.md", _markdown(figures, store, lm, described, len(steps)))
     return figures
+
+
+def check_samples(lm: CausalLM, prompt: str, settings: ReportSettings) -> None:
+    """Raise an ``OptionError`` where prompt, sample and continuation are more than the model reads."""
+    if lm.context is None:
+        return
+    samples = [len(lm.encode(text)) for text in settings.samples] or [_BEGINNING]
+    room = lm.context - len(lm.encode(prompt)) - max(samples) - (lm.bos is not None)
+    if settings.sample_tokens > room:
+        raise OptionError(
+            "sample_tokens",
+            f"got {settings.sample_tokens}; wanted at most {room}, what prompt and sample leave of the {lm.context} "
+            "tokens that the model reads",
+        )
 
 
 def _trained_loss(lm: CausalLM, store: TeacherStore, described: dict[str, Any]) -> LossCase:
@@ -196,8 +220,8 @@ def _collect_log(directory: Path) -> tuple[int, float]:
 
 
 def _beginning(lm: CausalLM, store: TeacherStore, index: int) -> str:
-    """The first 24 tokens of a sequence, as text."""
-    return lm.tokenizer.decode(store.sequence(index).tokens[:24].tolist(), skip_special_tokens=True)
+    """The first tokens of a sequence, as text."""
+    return lm.tokenizer.decode(store.sequence(index).tokens[:_BEGINNING].tolist(), skip_special_tokens=True)
 
 
 def _draw(log: list[dict[str, Any]], k: int, path: Path) -> None:

@@ -184,8 +184,18 @@ class Stopwatch:
 
 
 def held_out_kls(log: list[dict[str, Any]]) -> list[tuple[int, float]]:
-    """(step, held-out KL) of a log."""
-    return [(e["step"], e["held_out_kl"]) for e in log if e["event"] == "eval"]
+    """(step, held-out KL) of a log, the one before training first.
+
+    Raises:
+        JobError: the log doesn't hold that one.
+    """
+    kls = [(e["step"], e["held_out_kl"]) for e in log if e["event"] == "eval"]
+    if not kls or kls[0][0] != 0:
+        raise JobError(
+            "the log train.jsonl was lost with the KL before training in it; delete the directory of the training, or "
+            "give another"
+        )
+    return kls
 
 
 def train(
@@ -240,6 +250,8 @@ def train(
             step = load_checkpoint(checkpoint, masters.by_name, optimizer)
             masters.publish()
         log = Log(log_path, keep=lambda entry: resumed and entry["step"] <= step)
+        if resumed:
+            held_out_kls(log.entries)
         held_out = store.split(held_out=True)
         on_start(step, len(plan))
 
