@@ -28,7 +28,7 @@ error below 0.05 % of the log-prob) and bfloat16 has 8; its smaller range is nev
 the k+1 categories in float32, so rounding biases no total. A token costs ``6 k + 8`` bytes: 308 at k = 50.
 
 Every shard is written to a temporary file, synced and renamed: a store whose writer was killed holds whole
-shards only, and the same command goes on with those that are missing.
+shards only, and the same command goes on with those that are missing, damaged or another store's.
 """
 
 from __future__ import annotations
@@ -123,14 +123,23 @@ class Manifest:
         except (KeyError, TypeError) as error:
             raise StoreError(f"{source}: {error}") from error
 
+    @property
+    def compared(self) -> dict[str, Any]:
+        """Everything but the identity that decides what the shards hold."""
+        skipped = {"identity", "prompt", "model_path", "texts"}  # the prompt counts by its digest
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skipped}
+
+    @property
+    def digest(self) -> str:
+        """sha256 of everything that decides what the shards hold."""
+        return text_digest(json.dumps([dataclasses.asdict(self.identity), self.compared], sort_keys=True))
+
     def differences(self, wanted: Manifest) -> list[str]:
         """In words, every setting in which a store to be resumed differs from what is wanted now."""
-        skipped = {"identity", "prompt", "model_path", "texts"}
         result = identity_differences(self.identity, wanted.identity)
-        for field in dataclasses.fields(self):
-            mine, theirs = getattr(self, field.name), getattr(wanted, field.name)
-            if field.name not in skipped and mine != theirs:
-                result.append(f"{field.name} is {mine!r} in the store and {theirs!r} now")
+        for name, theirs in wanted.compared.items():
+            if self.compared[name] != theirs:
+                result.append(f"{name} is {self.compared[name]!r} in the store and {theirs!r} now")
         return result
 
 
@@ -166,7 +175,21 @@ def shard_path(directory: Path, shard: int) -> Path:
 
 
 def _shard_tag(manifest: Manifest, shard: int) -> str:
-    return f"{FORMAT} {VERSION}, shard {shard} of {manifest.sequences_digest}"
+    return f"{FORMAT} {VERSION}, shard {shard} of {manifest.digest}"
+
+
+def _open_shard(directory: Path, manifest: Manifest, shard: int) -> Any:
+    """The safetensors file of a shard that is whole and belongs to the manifest."""
+    path = shard_path(directory, shard)
+    try:
+        file = require("safetensors").safe_open(path, framework="pt")
+    except Exception as error:  # safetensors has its own error type, and OSError for a file too short to map
+        if isinstance(error, ModuleNotFoundError):
+            raise
+        raise StoreError(f"{path} is damaged ({error}); collect again, which rewrites it alone") from error
+    if (file.metadata() or {}).get("pyalign") != _shard_tag(manifest, shard):
+        raise StoreError(f"{path} belongs to another store; collect again, which rewrites it alone")
+    return file
 
 
 class TeacherStoreWriter:
@@ -201,17 +224,31 @@ class TeacherStoreWriter:
             write_text(path, manifest.to_json())
 
     def missing(self) -> list[int]:
-        """The shards still to be written."""
-        return [s for s in range(self.manifest.num_shards) if not shard_path(self.directory, s).exists()]
+        """The shards still to be written: absent, damaged, or another store's."""
+        return [s for s in range(self.manifest.num_shards) if not self._holds(s)]
+
+    def _holds(self, shard: int) -> bool:
+        if not shard_path(self.directory, shard).exists():
+            return False
+        try:
+            _open_shard(self.directory, self.manifest, shard)
+        except StoreError:
+            return False
+        return True
 
     def write(self, shard: int, sequences: Sequence[SequenceRows]) -> None:
-        """Write one shard, whole or not at all."""
+        """Write one shard, whole or not at all.
+
+        Raises:
+            StoreError: the sequences are not those that the manifest announces.
+        """
         wanted = len(self.manifest.shard_range(shard))
         if len(sequences) != wanted:
             raise StoreError(f"sequences: got {len(sequences)} for shard {shard}; wanted {wanted}")
+        for i, sequence in enumerate(sequences):
+            self._check_rows(f"sequences[{i}]", sequence)
         dtype = LOGPROB_DTYPES[self.manifest.logprob_dtype]
         residuals = [s.teacher.residual for s in sequences]
-        assert all(r is not None for r in residuals)
         lengths = torch.tensor([0] + [s.tokens.numel() for s in sequences])
         tensors = {
             "tokens": torch.cat([s.tokens for s in sequences]).to(torch.int32),
@@ -225,6 +262,23 @@ class TeacherStoreWriter:
         metadata = {"pyalign": _shard_tag(self.manifest, shard)}
         with atomic_file(shard_path(self.directory, shard)) as temporary:
             require("safetensors.torch").save_file(tensors, temporary, metadata=metadata)
+
+    def _check_rows(self, name: str, sequence: SequenceRows) -> None:
+        tokens, teacher = sequence.tokens, sequence.teacher
+        wanted = (tokens.numel(), self.manifest.k)
+        for field, x, shape in (
+            ("logprobs", teacher.logprobs, wanted),
+            ("indices", teacher.indices, wanted),
+            ("residual", teacher.residual, wanted[:1]),
+        ):
+            got = None if x is None else tuple(x.shape)
+            if got != shape:
+                raise StoreError(f"{name}.teacher.{field}: got shape {got}; wanted {shape}, a row per token")
+        if teacher.temperature != self.manifest.temperature:
+            raise StoreError(
+                f"{name}.teacher.temperature: got {teacher.temperature}; wanted {self.manifest.temperature}, the "
+                "store's"
+            )
 
 
 class TeacherStore:
@@ -253,7 +307,7 @@ class TeacherStore:
                 f"{shard_path(self.directory, missing[0]).name}; run the same `pyalign distill collect` "
                 "again, it goes on there"
             )
-        self._shards = [self._open(s) for s in range(count)]
+        self._shards = [_open_shard(self.directory, self.manifest, s) for s in range(count)]
         offsets = [shard.get_tensor("offsets").numpy() for shard in self._shards]
         self._offsets = offsets
         self.lengths = np.concatenate([np.diff(o) for o in offsets])  # (num_sequences,) tokens of each sequence
@@ -267,21 +321,6 @@ class TeacherStore:
                 f"{self.lengths.sum()} tokens, its manifest says {self.manifest.num_sequences} of "
                 f"{self.manifest.num_tokens}"
             )
-
-    def _open(self, shard: int) -> Any:
-        path = shard_path(self.directory, shard)
-        try:
-            file = require("safetensors").safe_open(path, framework="pt")
-        except Exception as error:  # safetensors has its own error type, and OSError for a file too short to map
-            if isinstance(error, ModuleNotFoundError):
-                raise
-            raise StoreError(
-                f"{path} is damaged ({error}); delete it and collect again, which rewrites it alone"
-            ) from error
-        metadata = file.metadata() or {}
-        if metadata.get("pyalign") != _shard_tag(self.manifest, shard):
-            raise StoreError(f"{path} belongs to another store; delete it and collect again, which rewrites it alone")
-        return file
 
     def require_match(self, identity: Identity) -> None:
         """Raise a ``StoreError`` that says what differs, unless the store was collected from this model."""
@@ -303,6 +342,8 @@ class TeacherStore:
 
     def sequence(self, index: int) -> SequenceRows:
         """Sequence ``index``: tokens int32 (n,), the teacher's rows as stored, and its split."""
+        if not 0 <= index < len(self.lengths):
+            raise IndexError(f"index: got {index}; wanted 0 <= index < {len(self.lengths)}")
         shard, local = divmod(index, self.manifest.sequences_per_shard)
         begin, end = (int(x) for x in self._offsets[shard][local : local + 2])
         file = self._shards[shard]

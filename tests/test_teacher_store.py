@@ -144,6 +144,20 @@ def test_a_stopped_writer_goes_on_with_the_missing_shards(tmp_path: Path, rows: 
         assert whole == stopped
 
 
+def test_damaged_shards_and_those_of_another_prompt_are_written_anew(tmp_path: Path, rows: list[SequenceRows]):
+    manifest = make_manifest(rows)
+    write(tmp_path, rows, manifest)
+    whole = [shard_path(tmp_path, s).read_bytes() for s in range(3)]
+    other = make_manifest(rows, prompt_digest="another")
+    (tmp_path / "manifest.json").unlink()  # by hand; the shards stay
+    assert TeacherStoreWriter(tmp_path, other).missing() == [0, 1, 2]
+    (tmp_path / "manifest.json").unlink()
+    shard_path(tmp_path, 2).write_bytes(whole[2][:-10])
+    assert TeacherStoreWriter(tmp_path, manifest).missing() == [2]
+    write(tmp_path, rows, manifest)
+    assert [shard_path(tmp_path, s).read_bytes() for s in range(3)] == whole
+
+
 def test_an_unfinished_store_is_not_read(tmp_path: Path, rows: list[SequenceRows]):
     write(tmp_path, rows, make_manifest(rows), shards=[0])
     with pytest.raises(StoreError, match=r"incomplete: 2 of 3 shards are missing.*shard-00001.*goes on there"):
@@ -221,15 +235,15 @@ def test_a_truncated_shard_is_refused(tmp_path: Path, rows: list[SequenceRows]):
     write(tmp_path, rows, make_manifest(rows))
     path = shard_path(tmp_path, 1)
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(StoreError, match=r"shard-00001.safetensors is damaged .*delete it and collect again"):
+    with pytest.raises(StoreError, match=r"shard-00001.safetensors is damaged .*; collect again, which rewrites"):
         TeacherStore(tmp_path)
 
 
 def test_a_shard_of_another_store_is_refused(tmp_path: Path, rows: list[SequenceRows]):
     write(tmp_path / "a", rows, make_manifest(rows))
-    write(tmp_path / "b", rows, make_manifest(rows, sequences_digest="e" * 64))
+    write(tmp_path / "b", rows, make_manifest(rows, prompt_digest="another"))
     shard_path(tmp_path / "a", 1).write_bytes(shard_path(tmp_path / "b", 1).read_bytes())
-    with pytest.raises(StoreError, match="belongs to another store"):
+    with pytest.raises(StoreError, match="belongs to another store; collect again, which rewrites it alone"):
         TeacherStore(tmp_path / "a")
 
 
@@ -237,6 +251,26 @@ def test_a_shard_has_all_its_sequences(tmp_path: Path, rows: list[SequenceRows])
     writer = TeacherStoreWriter(tmp_path, make_manifest(rows))
     with pytest.raises(StoreError, match="sequences: got 2 for shard 0; wanted 3"):
         writer.write(0, rows[:2])
+
+
+def test_rows_are_those_that_the_manifest_announces(tmp_path: Path, rows: list[SequenceRows]):
+    writer = TeacherStoreWriter(tmp_path, make_manifest(rows))
+    teacher = rows[1].teacher
+    for wrong, message in (
+        (teacher._replace(residual=None), r"sequences\[1\]\.teacher\.residual: got shape None; wanted \(1,\)"),
+        (teacher._replace(indices=teacher.indices[:, 1:]), r"indices: got shape \(1, 4\); wanted \(1, 5\)"),
+        (teacher._replace(temperature=2.0), r"teacher\.temperature: got 2\.0; wanted 1\.0, the store's"),
+    ):
+        with pytest.raises(StoreError, match=message):
+            writer.write(0, [rows[0], rows[1]._replace(teacher=wrong), rows[2]])
+    assert writer.missing() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("index", [-1, len(LENGTHS)])
+def test_a_sequence_beyond_the_store_is_refused(tmp_path: Path, rows: list[SequenceRows], index: int):
+    write(tmp_path, rows, make_manifest(rows))
+    with pytest.raises(IndexError, match=f"index: got {index}; wanted 0 <= index < 7"):
+        TeacherStore(tmp_path).sequence(index)
 
 
 def test_float32_is_no_dtype_of_the_store(tmp_path: Path, rows: list[SequenceRows]):
