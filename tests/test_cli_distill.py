@@ -575,6 +575,7 @@ def test_the_report_measures_the_loss_that_was_trained(
     assert "the loss in torch could not be measured: ended by SIGKILL" in parts
     assert "| plain torch | could not be measured |" in text
     assert figures.loss_torch is None
+    assert "| KL(prompted ‖ model) at temperature 1.5, nats" in text
     assert json.loads((tmp_path / "report.json").read_text())["loss_case"]["divergence"] == "jsd"
 
 
@@ -600,10 +601,13 @@ def refusal(*arguments: object) -> str:
 
 
 def test_help_has_examples():
-    for command in ("collect", "train", "report", "run"):
+    commands = ("collect", "train", "report", "run")
+    whole = CliRunner().invoke(app, ["--help"]).output
+    for command in commands:
         result = CliRunner().invoke(app, [command, "--help"])
         assert result.exit_code == 0
-        assert f"pyalign distill {command} --model" in result.output
+        for output in (result.output, whole):
+            assert f"pyalign distill {command} --model" in output
 
 
 def test_a_store_of_another_model_is_refused(finished: Path, tmp_path: Path):

@@ -31,7 +31,19 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Distil a prompt into a language model: collect the prompted model's top-k log-probs, train the "
     "model without the prompt on them, report what it achieved. `run` does all three; every command resumes "
-    "where it was stopped.",
+    "where it was stopped."
+    """
+
+\b
+Examples:
+  pyalign distill run --model ./SmolLM2 --prompt-file hhh.txt \\
+    --text docs.jsonl --out ./run
+  pyalign distill collect --model ./SmolLM2 --prompt-file hhh.txt \\
+    --text docs.jsonl --store ./store
+  pyalign distill train --model ./SmolLM2 --store ./store --out ./run
+  pyalign distill report --model ./SmolLM2 --store ./store \\
+    --trained ./run --out ./run
+""",
 )
 _TRAIN = TrainSettings()
 
@@ -364,8 +376,8 @@ class _Job:
         yield say
 
     @contextmanager
-    def bar(self, unit: str) -> Generator[tuple[Callable[[int, int], None], Callable[[int], None]]]:
-        """A progress bar: yields start(done, total) and advance(count)."""
+    def bar(self, unit: str) -> Generator[tuple[Callable[[int, int], None], Callable[..., None]]]:
+        """A progress bar: yields start(done, total) and advance(count, note)."""
         rich: Any = require("rich.progress")
         columns = (
             rich.BarColumn(),
@@ -379,7 +391,10 @@ class _Job:
             def start(done: int, total: int) -> None:
                 progress.update(task, completed=done, total=total)
 
-            yield start, lambda count: progress.advance(task, count)
+            def advance(count: int, note: str = "") -> None:
+                progress.update(task, advance=count, note=note)
+
+            yield start, advance
 
     def load(self, model: Path, gguf_file: str | None, dtype: str, device: str) -> CausalLM:
         transformers = require("transformers")
@@ -428,7 +443,9 @@ class _Job:
     def train(self, lm: CausalLM, store: TeacherStore, settings: TrainSettings, out: Path) -> None:
         with self.stage("train") as say:
             with self.bar("steps") as (start, advance):
-                result = train_model(lm, store, settings, out, on_start=start, on_step=lambda step, loss: advance(1))
+                result = train_model(
+                    lm, store, settings, out, on_start=start, on_step=lambda _, loss: advance(1, f"loss {loss:.4f}")
+                )
             say(
                 f"held-out KL to the prompted model {result.kl_before:.4f} -> {result.kl_after:.4f} nats; "
                 f"{result.model}"

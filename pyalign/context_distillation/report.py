@@ -252,7 +252,7 @@ def _markdown(figures: Figures, store: TeacherStore, lm: CausalLM, described: di
         "the same model without it.",
         _quote(manifest.prompt),
         _table(
-            ["KL(prompted ‖ model), nats per held-out token", "before", "after", "left"],
+            [f"KL(prompted ‖ model){_at(manifest.temperature)}, nats per held-out token", "before", "after", "left"],
             [
                 _kl_row(
                     f"{manifest.k} + 1 categories, all {manifest.num_held_out_tokens} tokens",
@@ -334,6 +334,10 @@ def _speed_rows(figures: Figures) -> list[list[str]]:
         ["store", f"{figures.bytes_per_token:.0f} bytes per token"],
         ["the loss and its gradient", f"{figures.loss_share:.1%} of a training step"],
     ]
+
+
+def _at(temperature: float) -> str:
+    return "" if temperature == 1 else f" at temperature {temperature:g}"
 
 
 def _kl_row(name: str, before: float, after: float) -> list[str]:
