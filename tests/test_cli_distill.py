@@ -680,8 +680,24 @@ def test_a_gradient_that_is_not_finite_stops_the_run(lm: CausalLM, finished: Pat
 
 def test_a_model_that_gives_nan_is_not_trained(lm: CausalLM, finished: Path, tmp_path: Path):
     torch.nn.init.constant_(lm.model.model.norm.weight, math.nan)
-    with pytest.raises(JobError, match="log-probs are NaN on held-out text"):
+    with pytest.raises(JobError, match="the held-out KL is NaN after 0 steps: --dtype float32"):
         train(lm, TeacherStore(finished / "store"), TRAIN, tmp_path)
+
+
+def test_weights_that_gave_nan_are_not_saved(lm: CausalLM, finished: Path, tmp_path: Path):
+    settings = dataclasses.replace(TRAIN, learning_rate=1e30, epochs=1, batch_size=1000)
+    with pytest.raises(JobError, match="the held-out KL is NaN after 1 steps"):
+        train(lm, TeacherStore(finished / "store"), settings, tmp_path)
+    assert not (tmp_path / "model").exists()
+
+
+def test_want_of_gpu_memory_is_one_line(model_dir: Path, finished: Path, tmp_path: Path, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total ...")
+
+    monkeypatch.setattr("pyalign.cli.distill.train_model", fail)
+    message = refusal("train", "--model", model_dir, "--store", finished / "store", "--out", tmp_path)
+    assert message.startswith("pyalign distill: CUDA out of memory; a smaller --micro-batch")
 
 
 def test_an_unfinished_run_has_no_report(model_dir: Path, finished: Path, tmp_path: Path):

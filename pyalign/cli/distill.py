@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NoReturn
 
+import torch
 import typer
 
 from pyalign._files import DirectoryInUseError
@@ -459,6 +460,10 @@ class _Job:
             say(f"{figures.fraction_left:.0%} of the KL is left; {out / 'report.md'}")
 
 
+# Settings whose option is called otherwise.
+_OPTIONS = {"sequences_per_shard": "shard_sequences", "logprob_dtype": "store_dtype", "samples": "sample"}
+
+
 @contextmanager
 def _job() -> Generator[_Job]:
     """Turns refusals into one line and exit code 1; what is a bug keeps its traceback."""
@@ -469,10 +474,9 @@ def _job() -> Generator[_Job]:
         _refuse(f"--{name}: {error.problem}")
     except (StoreError, JobError, DirectoryInUseError, PermissionError, FileExistsError, NotADirectoryError) as error:
         _refuse(str(error))
-
-
-# Settings whose option is called otherwise.
-_OPTIONS = {"sequences_per_shard": "shard_sequences", "logprob_dtype": "store_dtype", "samples": "sample"}
+    except torch.OutOfMemoryError as error:
+        what = str(error).partition(". ")[0]
+        _refuse(f"{what}; a smaller --micro-batch (collect: --batch-size, run: --collect-batch too) needs less")
 
 
 @contextmanager

@@ -223,7 +223,7 @@ def train(
         StoreError: the store was collected from another model.
         OptionError: more ``last_layers`` than the model has.
         JobError: the directory holds a run with other settings, or one without its log; the prompt changes the model
-            by less than ``min_prompt_effect``; a gradient is not finite.
+            by less than ``min_prompt_effect``; a gradient is not finite, or a KL is NaN.
     """
     store.require_match(lm.identity)
     directory = Path(directory)
@@ -256,9 +256,7 @@ def train(
         on_start(step, len(plan))
 
         if not resumed:
-            before = stored_kl(lm, store, held_out)
-            if math.isnan(before):
-                raise JobError("the model's log-probs are NaN on held-out text; another --dtype (float32) may help")
+            before = _held_out_kl(lm, store, held_out, step)
             if before < settings.min_prompt_effect:
                 raise JobError(
                     f"the prompt hardly changes the model: KL(prompted || plain) is {before:.2g} nats per "
@@ -303,7 +301,7 @@ def train(
                 seconds=round(time.perf_counter() - begin, 4),
             )
             if step == len(plan) or (settings.eval_every and step % settings.eval_every == 0):
-                log.add(event="eval", step=step, held_out_kl=stored_kl(lm, store, held_out))
+                log.add(event="eval", step=step, held_out_kl=_held_out_kl(lm, store, held_out, step))
             if step < len(plan) and step % settings.checkpoint_every == 0:
                 save_checkpoint(
                     checkpoint,
@@ -322,6 +320,16 @@ def train(
         checkpoint.unlink(missing_ok=True)
         kls = held_out_kls(log.entries)
         return TrainResult(directory, kls[0][1], kls[-1][1])
+
+
+def _held_out_kl(lm: CausalLM, store: TeacherStore, held_out: list[int], step: int) -> float:
+    kl = stored_kl(lm, store, held_out)
+    if math.isnan(kl):
+        raise JobError(
+            f"the held-out KL is NaN after {step} steps: --dtype float32 or a lower --learning-rate may help; start in "
+            "another directory"
+        )
+    return kl
 
 
 def _accumulate(lm: CausalLM, batch: TeacherBatch, tokens: int, settings: TrainSettings, watch: Stopwatch) -> Tensor:
