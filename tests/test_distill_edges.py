@@ -455,6 +455,19 @@ def test_one_dimensional_options_with_strides(engine: Engine):
         assert torch.equal(ours.loss, expected.loss)
 
 
+@pytest.mark.parametrize("rise", [30.0, 70.0, 5000.0])
+@every_divergence
+@quick_engine
+def test_rows_whose_largest_logits_come_late(engine: Engine, divergence: str, rise: float):
+    """What was folded before a larger logit turns up is rescaled, and so are exponentials that were kept."""
+    student, teacher = pair(engine, 3, 2100)
+    steps = rise * (torch.arange(2100, device=engine.device) // 600)
+    for s, t in ((student + steps, teacher + steps), (student + steps, teacher), (student, teacher + steps.flip(0))):
+        with engine():
+            ours = evaluate(s, t, divergence=divergence)
+        assert_close(ours, truth(s, t, divergence=divergence), torch.float32, slack=4.0)
+
+
 def test_an_unaligned_row_start():
     """Vector loads begin wherever a row does."""
     for offset in range(9):

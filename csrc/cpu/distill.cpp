@@ -266,8 +266,7 @@ std::vector<std::string> isas() {
 
 void distill(const DistillArgs& args, int threads) {
     check_tokens(args.tokens, args.options);
-    const bool mixed = args.student.dtype != args.teacher.dtype;  // both rows are converted to float
-    run_loss(args, kernels().distill, mixed ? 2 * sizeof(float) * args.options.vocab : 0, threads);
+    run_loss(args, kernels().distill, kernels().distill_scratch(args), threads);
 }
 
 void topk_distill(const TopKDistillArgs& args, int threads) {

@@ -1,5 +1,5 @@
 // Distillation losses on the CPU, one row of logits at a time. A row is read from memory once, by the fold; the sums
-// and the map find it in the cache and take its exponentials again, which is cheaper than the room to keep them.
+// and the map find it in the cache, and its exponentials too, unless the row is too long to keep them.
 #include "cpu/simd.h"
 
 PYALIGN_BEGIN
@@ -123,65 +123,118 @@ int64_t first_equal(const T* x, int64_t vocab, double wanted) {
 // ---- Dense: a divergence between two rows ----
 
 // The bodies of the loops below. They stand outside: a struct that lives inside a simd loop goes to memory, lane by
-// lane.
+// lane. `es` and `et` are the exponentials of s and t.
 template <class F, class D>
-PYALIGN_HD F term_at(D divergence, Pair<F> pair, ScaledExp<F> exp, F s, F t, F* aux) {
-    const Sums<F> term = divergence.term(pair.with(exp(s - pair.student_max), exp(t - pair.teacher_max), s, t));
+PYALIGN_HD F term_at(D divergence, Pair<F> pair, F es, F et, F s, F t, F* aux) {
+    const Sums<F> term = divergence.term(pair.with(es, et, s, t));
     *aux = term.aux;
     return term.loss;
 }
 
 template <class F, class D>
-PYALIGN_HD F slope_at(D divergence, Pair<F> pair, ScaledExp<F> exp, Sums<F> row, F s, F t) {
-    return divergence.slope(pair.with(exp(s - pair.student_max), exp(t - pair.teacher_max), s, t), row);
+PYALIGN_HD F slope_at(D divergence, Pair<F> pair, Sums<F> row, F es, F et, F s, F t) {
+    return divergence.slope(pair.with(es, et, s, t), row);
 }
 
 template <class F, class D>
-PYALIGN_HD F term_and_slope_at(D divergence, Pair<F> pair, ScaledExp<F> exp, F s, F t, F factor, F* gradient) {
-    const Point<F> x = pair.with(exp(s - pair.student_max), exp(t - pair.teacher_max), s, t);
+PYALIGN_HD F term_and_slope_at(D divergence, Pair<F> pair, F es, F et, F s, F t, F factor, F* gradient) {
+    const Point<F> x = pair.with(es, et, s, t);
     *gradient = factor * divergence.slope(x, Sums<F>{});
     return divergence.term(x).loss;
 }
 
-// Two folded rows, and what the loops below take of them for a block.
+// A block of two folded rows.
 template <class T>
-struct RowPair {
-    Pair<ValueOf<T>> pair;
-    ScaledExp<ValueOf<T>> exp;
-    const T *student, *teacher;
+struct BlockPair {
+    using F = ValueOf<T>;
+    Pair<F> pair;
+    const T *s, *t;    // [count]
+    const F *es, *et;  // [count]
+    int64_t count;
+};
+
+// Two folded rows, and their blocks.
+template <class T>
+class RowPair {
+  public:
+    using F = ValueOf<T>;
+
+    RowPair(const T* student, const T* teacher, Softmax<double> student_state, Softmax<double> teacher_state,
+            KeptRow<F> kept_student, KeptRow<F> kept_teacher, int64_t vocab, double inverse_temperature)
+        : pair_(finish<F>(student_state, teacher_state, inverse_temperature)),
+          student_(student),
+          teacher_(teacher),
+          kept_student_(kept_student),
+          kept_teacher_(kept_teacher),
+          student_state_(student_state),
+          teacher_state_(teacher_state),
+          vocab_(vocab),
+          inverse_temperature_(inverse_temperature) {}
+
+    PYALIGN_HD BlockPair<T> block(int64_t first) {
+        BlockPair<T> block{pair_, student_ + first, teacher_ + first, es_, et_, minimum(kBlock, vocab_ - first)};
+        if (kept_student_.exp) {
+            block.es = kept_student_.exp + first;
+            block.et = kept_teacher_.exp + first;
+            block.pair.student_scale = scale(student_state_, kept_student_.origins[first / kBlock]);
+            block.pair.teacher_scale = scale(teacher_state_, kept_teacher_.origins[first / kBlock]);
+        } else {
+            const ScaledExp<F> exp(inverse_temperature_);
+            take(block.s, block.count, pair_.student_max, exp, es_);
+            take(block.t, block.count, pair_.teacher_max, exp, et_);
+        }
+        return block;
+    }
+
+  private:
+    // What brings e^((x - origin) / T) to a probability.
+    PYALIGN_HD F scale(Softmax<double> state, double origin) const {
+        return F((origin == state.max ? 1.0 : rescale(origin, state.max, inverse_temperature_)) / state.sum);
+    }
+
+    static PYALIGN_HD void take(const T* x, int64_t count, F origin, ScaledExp<F> exp, F* to) {
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) to[i] = exp(value(x[i]) - origin);
+    }
+
+    Pair<F> pair_;
+    const T *student_, *teacher_;
+    KeptRow<F> kept_student_, kept_teacher_;
+    Softmax<double> student_state_, teacher_state_;
+    int64_t vocab_;
+    double inverse_temperature_;
+    alignas(64) F es_[kBlock], et_[kBlock];
 };
 
 template <class T, class D>
-Sums<double> sum_block(D divergence, RowPair<T> row, int64_t first, int64_t count) {
+Sums<double> sum_block(D divergence, BlockPair<T> x) {
     using F = ValueOf<T>;
-    const T *s = row.student + first, *t = row.teacher + first;
     alignas(64) F aux[kBlock];
     F loss = 0, aux_sum = 0;
 #pragma omp simd reduction(+ : loss)
-    for (int64_t i = 0; i < count; ++i)
-        loss += term_at(divergence, row.pair, row.exp, value(s[i]), value(t[i]), aux + i);
+    for (int64_t i = 0; i < x.count; ++i)
+        loss += term_at(divergence, x.pair, x.es[i], x.et[i], value(x.s[i]), value(x.t[i]), aux + i);
 #pragma omp simd reduction(+ : aux_sum)
-    for (int64_t i = 0; i < count; ++i) aux_sum += aux[i];
+    for (int64_t i = 0; i < x.count; ++i) aux_sum += aux[i];
     return {double(loss), double(aux_sum)};
 }
 
 // gradient = factor * slope
 template <class T, class D, class F>
-void map_block(D divergence, RowPair<T> row, int64_t first, int64_t count, Sums<F> sums, F factor, F* gradient) {
-    const T *s = row.student + first, *t = row.teacher + first;
+void map_block(D divergence, BlockPair<T> x, Sums<F> sums, F factor, F* gradient) {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i)
-        gradient[i] = factor * slope_at(divergence, row.pair, row.exp, sums, value(s[i]), value(t[i]));
+    for (int64_t i = 0; i < x.count; ++i)
+        gradient[i] = factor * slope_at(divergence, x.pair, sums, x.es[i], x.et[i], value(x.s[i]), value(x.t[i]));
 }
 
 // Both at once, for a divergence whose map needs no sums; returns the block's loss.
 template <class T, class D, class F>
-double sum_and_map_block(D divergence, RowPair<T> row, int64_t first, int64_t count, F factor, F* gradient) {
-    const T *s = row.student + first, *t = row.teacher + first;
+double sum_and_map_block(D divergence, BlockPair<T> x, F factor, F* gradient) {
     F loss = 0;
 #pragma omp simd reduction(+ : loss)
-    for (int64_t i = 0; i < count; ++i)
-        loss += term_and_slope_at(divergence, row.pair, row.exp, value(s[i]), value(t[i]), factor, gradient + i);
+    for (int64_t i = 0; i < x.count; ++i)
+        loss +=
+            term_and_slope_at(divergence, x.pair, x.es[i], x.et[i], value(x.s[i]), value(x.t[i]), factor, gradient + i);
     return double(loss);
 }
 
@@ -212,7 +265,11 @@ void distill_rows(const DistillArgs& args, D divergence, double denominator, voi
     const double soft_weight =
         (1 - options.hard_weight) * (options.temperature_squared ? options.temperature * options.temperature : 1);
     const double far_loss = kFarLoss<double>;
-    T* const scratch = reinterpret_cast<T*>(span.scratch);
+    std::byte* const memory = span.scratch;
+    const size_t kept_bytes = KeptRow<F>::bytes(vocab);
+    const KeptRow<F> kept_student = KeptRow<F>::in(memory, vocab);
+    const KeptRow<F> kept_teacher = KeptRow<F>::in(memory + kept_bytes, vocab);
+    T* const converted = reinterpret_cast<T*>(memory + 2 * kept_bytes);
     Ahead student_ahead, teacher_ahead;
 
     for (int64_t row = span.begin; row < span.end; ++row) {
@@ -226,12 +283,14 @@ void distill_rows(const DistillArgs& args, D divergence, double denominator, voi
         teacher_ahead.start(args.teacher, teacher_row, teacher_row_of(args.tokens, next), vocab);
 
         // Fold
-        const T* const student = row_as(args.student, row, vocab, scratch);
-        const T* const teacher = row_as(args.teacher, teacher_row, vocab, scratch + vocab);
-        const Softmax<double> student_state = fold_row(student, vocab, inverse_temperature, &student_ahead);
-        const Softmax<double> teacher_state = fold_row(teacher, vocab, inverse_temperature, &teacher_ahead);
-        const RowPair<T> pair{finish<F>(student_state, teacher_state, inverse_temperature),
-                              ScaledExp<F>(inverse_temperature), student, teacher};
+        const T* const student = row_as(args.student, row, vocab, converted);
+        const T* const teacher = row_as(args.teacher, teacher_row, vocab, converted + vocab);
+        const Softmax<double> student_state =
+            fold_row(student, vocab, inverse_temperature, &student_ahead, kept_student);
+        const Softmax<double> teacher_state =
+            fold_row(teacher, vocab, inverse_temperature, &teacher_ahead, kept_teacher);
+        RowPair<T> pair(student, teacher, student_state, teacher_state, kept_student, kept_teacher, vocab,
+                        inverse_temperature);
         const HardTerm<T> hard(args.tokens, options, row, student, student_state);
         if (out.entropy) put<F>(out.entropy, row, entropy(student, vocab, student_state, inverse_temperature));
         if (out.agreement)
@@ -243,11 +302,11 @@ void distill_rows(const DistillArgs& args, D divergence, double denominator, voi
         Sums<double> sums;
         if (D::kMapNeedsSums || !map)
             for (int64_t first = 0; first < vocab; first += kBlock) {
-                const int64_t count = minimum(kBlock, vocab - first);
                 student_ahead.map();
                 teacher_ahead.map();
-                sums = sums + (sums.loss > far_loss ? sum_block(divergence.far(), pair, first, count)
-                                                    : sum_block(divergence, pair, first, count));
+                const BlockPair<T> block = pair.block(first);
+                sums =
+                    sums + (sums.loss > far_loss ? sum_block(divergence.far(), block) : sum_block(divergence, block));
             }
 
         // Map
@@ -256,24 +315,24 @@ void distill_rows(const DistillArgs& args, D divergence, double denominator, voi
             const F slope_factor = F(factor * soft_weight * inverse_temperature);
             RowWriter<F> writer(row_of(out.gradient, row), out.gradient.dtype, span.stream);
             for (int64_t first = 0; first < vocab; first += kBlock) {
-                const int64_t count = minimum(kBlock, vocab - first);
                 student_ahead.map();
                 teacher_ahead.map();
+                const BlockPair<T> block = pair.block(first);
                 F* const gradient = writer.block();
                 const bool far = sums.loss > far_loss;
                 if (D::kMapNeedsSums) {
                     const Sums<F> total = {F(sums.loss), F(sums.aux)};
                     if (far)
-                        map_block(divergence.far(), pair, first, count, total, slope_factor, gradient);
+                        map_block(divergence.far(), block, total, slope_factor, gradient);
                     else
-                        map_block(divergence, pair, first, count, total, slope_factor, gradient);
+                        map_block(divergence, block, total, slope_factor, gradient);
                 } else if (far) {
-                    sums.loss += sum_and_map_block(divergence.far(), pair, first, count, slope_factor, gradient);
+                    sums.loss += sum_and_map_block(divergence.far(), block, slope_factor, gradient);
                 } else {
-                    sums.loss += sum_and_map_block(divergence, pair, first, count, slope_factor, gradient);
+                    sums.loss += sum_and_map_block(divergence, block, slope_factor, gradient);
                 }
-                hard.add(gradient, student, first, count, factor);
-                writer.write(count);
+                hard.add(gradient, student, first, block.count, factor);
+                writer.write(block.count);
             }
             writer.finish(vocab, out.width);
         }
@@ -302,6 +361,14 @@ void distill(const DistillArgs& args, double denominator, void* row_loss, Span s
         case Dtype::kFloat16: return distill_dispatch<Float16>(args, denominator, row_loss, span);
         case Dtype::kFloat64: return distill_dispatch<double>(args, denominator, row_loss, span);
     }
+}
+
+size_t distill_scratch(const DistillArgs& args) {
+    const bool mixed = args.student.dtype != args.teacher.dtype;  // both rows are converted to float
+    const int64_t vocab = args.options.vocab;
+    const size_t kept =
+        !mixed && args.student.dtype == Dtype::kFloat64 ? KeptRow<double>::bytes(vocab) : KeptRow<float>::bytes(vocab);
+    return 2 * kept + (mixed ? 2 * sizeof(float) * static_cast<size_t>(vocab) : 0);
 }
 
 // ---- Top-k: the teacher's entries are categories, and with a bucket all the rest is one more ----
@@ -665,6 +732,6 @@ void scale(void* x, Dtype dtype, int64_t begin, int64_t end, double factor) {
 #define PYALIGN_STRING(x) #x
 #define PYALIGN_NAME(x) PYALIGN_STRING(x)
 extern const Kernels kKernels;
-const Kernels kKernels = {PYALIGN_NAME(PYALIGN_ISA), distill, topk_distill, topk, scale};
+const Kernels kKernels = {PYALIGN_NAME(PYALIGN_ISA), distill_scratch, distill, topk_distill, topk, scale};
 
 PYALIGN_END

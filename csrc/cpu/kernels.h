@@ -23,6 +23,7 @@ struct Span {
 
 struct Kernels {
     const char* isa;
+    size_t (*distill_scratch)(const DistillArgs&);  // bytes that `distill` wants
     // `denominator` is what the sum is divided by: 1, the count or num_items; row losses go to `row_loss`.
     void (*distill)(const DistillArgs&, double denominator, void* row_loss, Span);
     void (*topk_distill)(const TopKDistillArgs&, double denominator, void* row_loss, Span);

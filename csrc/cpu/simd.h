@@ -170,6 +170,19 @@ PYALIGN_HD BlockSum<F> sum_exp(const T* x, int64_t count, F origin, ScaledExp<F>
     return {sum, max};
 }
 
+// The same, and the exponentials themselves into `kept`.
+template <class T, class F>
+PYALIGN_HD BlockSum<F> sum_exp(const T* x, int64_t count, F origin, ScaledExp<F> exp, F* kept) {
+    F sum = 0, max = std::numeric_limits<F>::lowest();
+#pragma omp simd reduction(+ : sum) reduction(max : max)
+    for (int64_t i = 0; i < count; ++i) {
+        kept[i] = exp(value(x[i]) - origin);
+        sum += kept[i];
+        max = value(x[i]) > max ? value(x[i]) : max;
+    }
+    return {sum, max};
+}
+
 // Folds a row block by block. The sum is kept over an origin near the max, which moves only where e^x might overflow.
 template <class F>
 class RowFold {
@@ -177,17 +190,20 @@ class RowFold {
     explicit RowFold(double inverse_temperature)
         : exp_(inverse_temperature), inverse_temperature_(inverse_temperature), reach_(40 / inverse_temperature) {}
 
-    template <class T>
-    PYALIGN_HD void add(const T* x, int64_t count) {
+    // `kept...` is nothing, or where the block's e^((x - origin()) / T) go.
+    template <class T, class... Kept>
+    PYALIGN_HD void add(const T* x, int64_t count, Kept... kept) {
         if (sums_.sum == 0) raise_origin(max_of(x, count));
-        BlockSum<F> block = sum_exp(x, count, F(sums_.max), exp_);
+        BlockSum<F> block = sum_exp(x, count, F(sums_.max), exp_, kept...);
         if (double(block.max) > sums_.max + reach_) {
             raise_origin(block.max);
-            block = sum_exp(x, count, F(sums_.max), exp_);
+            block = sum_exp(x, count, F(sums_.max), exp_, kept...);
         }
         max_ = block.max > max_ ? block.max : max_;
         sums_.sum += double(block.sum);
     }
+
+    PYALIGN_HD double origin() const { return sums_.max; }
 
     PYALIGN_HD Softmax<double> finish() {
         raise_origin(max_);
@@ -207,12 +223,39 @@ class RowFold {
     Softmax<double> sums_;
 };
 
-template <class T>
-PYALIGN_HD Softmax<double> fold_row(const T* x, int64_t count, double inverse_temperature, Ahead* ahead = nullptr) {
-    RowFold<ValueOf<T>> fold(inverse_temperature);
+// The exponentials of a row, kept from the fold for the map: two vectors of memory in the cache are cheaper than a
+// dozen instructions. Rows that are too long for that take them again.
+template <class F>
+struct KeptRow {
+    F* exp = nullptr;           // [vocab] e^((x - origin) / T), or null: not kept
+    double* origins = nullptr;  // [blocks]
+
+    static constexpr size_t kMost = 256 << 10;  // bytes of one row
+    static bool fits(int64_t vocab) { return static_cast<size_t>(vocab) * sizeof(F) <= kMost; }
+    static size_t bytes(int64_t vocab) {
+        return fits(vocab) ? static_cast<size_t>(vocab + kBlock) * sizeof(F) + (vocab / kBlock + 1) * sizeof(double)
+                           : 0;
+    }
+    static KeptRow in(std::byte* memory, int64_t vocab) {
+        if (!fits(vocab)) return {};
+        double* const origins = reinterpret_cast<double*>(memory);
+        return {reinterpret_cast<F*>(origins + vocab / kBlock + 1), origins};
+    }
+};
+
+template <class T, class F = ValueOf<T>>
+PYALIGN_HD Softmax<double> fold_row(const T* x, int64_t count, double inverse_temperature, Ahead* ahead = nullptr,
+                                    KeptRow<F> kept = {}) {
+    RowFold<F> fold(inverse_temperature);
     for (int64_t first = 0; first < count; first += kBlock) {
+        const int64_t length = minimum(kBlock, count - first);
         if (ahead) ahead->fold(first);
-        fold.add(x + first, minimum(kBlock, count - first));
+        if (kept.exp) {
+            fold.add(x + first, length, kept.exp + first);
+            kept.origins[first / kBlock] = fold.origin();
+        } else {
+            fold.add(x + first, length);
+        }
     }
     return fold.finish();
 }
