@@ -201,6 +201,7 @@ def test_text_files_and_parquet(tmp_path: Path):
         ),
         ("[1]\n", "texts.jsonl:1: wanted"),
         ("", "holds no text"),
+        (r'{"text": "half a smile: \ud83d"}', r"texts.jsonl:1: wanted whole characters, got half of one"),
         ('{"text": "caf\udce9"}\n', "texts.jsonl:1 is not UTF-8 .byte 0xe9 at 13."),
     ],
 )

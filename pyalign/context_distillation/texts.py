@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from pyalign._optional import require
 from pyalign.context_distillation.options import OptionError, at_least, not_utf8, read_text
 
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can name one alone; no text in UTF-8 holds it
 MIN_TOKENS = 8  # a shorter remainder of a document is left out
 
 
@@ -86,6 +88,8 @@ def _record(row: Any, where: str) -> Record:
     if isinstance(row, dict):
         fields: dict[str, Any] = {str(k): v for k, v in row.items() if v is not None}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
         group = None if fields.get("group") is None else str(fields["group"])
+        if any(isinstance(v, str) and _SURROGATE.search(v) for v in fields.values()):
+            raise OptionError("text", f"{where}: wanted whole characters, got half of one in {row!a:.80}")
         if isinstance(fields.get("text"), str):
             return Record(fields["text"], None, group)
         if isinstance(fields.get("question"), str) and isinstance(fields.get("answer"), str):
