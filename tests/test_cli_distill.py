@@ -201,7 +201,7 @@ def test_text_files_and_parquet(tmp_path: Path):
         ),
         ("[1]\n", "texts.jsonl:1: wanted"),
         ("", "holds no text"),
-        (r'{"text": "half a smile: \ud83d"}', r"texts.jsonl:1: wanted whole characters, got half of one"),
+        (r'{"text": "half a smile: \ud83d"}', r"texts.jsonl:1: got half a character .*ud83d.* at 14.; wanted UTF-8"),
         ('{"text": "caf\udce9"}\n', "texts.jsonl:1 is not UTF-8 .byte 0xe9 at 13."),
     ],
 )
@@ -731,6 +731,8 @@ def test_an_unfinished_run_has_no_report(model_dir: Path, finished: Path, tmp_pa
         (("--batch-size", 0), "--batch-size: got 0; wanted at least 1"),
         (("--shard-sequences", -1), "--shard-sequences: got -1; wanted at least 1"),
         (("--prompt", ""), "--prompt: it is empty"),
+        (("--prompt", "caf\udce9"), r"--prompt: got half a character ('\udce9' at 3); wanted UTF-8"),
+        (("--text-prefix", "\udce9"), r"--text-prefix: got half a character ('\udce9' at 0); wanted UTF-8"),
         (("--prompt-file", "absent.txt"), "--prompt: got both; wanted --prompt or --prompt-file"),
         (("--dtype", "int8"), "--dtype: got 'int8'; wanted auto, float32 or bfloat16"),
         (("--device", "gpu"), "--device: got 'gpu' (Expected one of cpu, cuda"),
@@ -819,6 +821,7 @@ def test_bad_options_of_train(
     [
         (("--sample-tokens", 0), "--sample-tokens: got 0; wanted at least 1"),
         (("--exact-sequences", -1), "--exact-sequences: got -1; wanted at least 1"),
+        (("--sample", "caf\udce9"), r"--sample: got half a character ('\udce9' at 3); wanted UTF-8"),
         (("--sample", "hi", "--sample", ""), "--sample: one is empty; wanted texts to continue"),
     ],
 )

@@ -15,7 +15,7 @@ from pyalign._files import exclusive
 from pyalign.context_distillation import JobError
 from pyalign.context_distillation.language import CausalLM, head_chunks
 from pyalign.context_distillation.log import Log
-from pyalign.context_distillation.options import OptionError, at_least, one_of, positive
+from pyalign.context_distillation.options import OptionError, at_least, one_of, positive, whole_text
 from pyalign.context_distillation.texts import TokenSequence, sequences_digest
 from pyalign.distill import TopKLogprobs, topk_logprobs
 from pyalign.teacher_store import LOGPROB_DTYPES, Manifest, SequenceRows, TeacherStoreWriter, text_digest
@@ -38,6 +38,7 @@ class CollectSettings:
     prompt_cache: bool = True  # run the prompt once and share its keys and values
 
     def __post_init__(self) -> None:
+        whole_text("prompt", self.prompt)
         for name in ("k", "sequences_per_shard", "batch_size"):
             at_least(name, getattr(self, name), 1)
         positive("temperature", self.temperature)

@@ -32,6 +32,15 @@ def one_of(option: str, value: str, choices: Collection[str]) -> None:
         raise OptionError(option, f"got {value!r}; wanted one of {', '.join(choices)}")
 
 
+def whole_text(option: str, text: str, where: str = "") -> None:
+    """Refuse halves of characters (lone surrogates): JSON and bad bytes on a command line make them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        got = ascii(text[error.start : error.start + 1])
+        raise OptionError(option, f"{where}got half a character ({got} at {error.start}); wanted UTF-8") from error
+
+
 def read_text(option: str, path: Path) -> str:
     """The text of the file that the option names."""
     if not path.is_file():

@@ -24,7 +24,7 @@ from pyalign.context_distillation.evaluate import (
 from pyalign.context_distillation.language import CausalLM, load
 from pyalign.context_distillation.log import read_log
 from pyalign.context_distillation.loss_cost import LossCase, LossCost, measure_apart
-from pyalign.context_distillation.options import OptionError, at_least
+from pyalign.context_distillation.options import OptionError, at_least, whole_text
 from pyalign.context_distillation.train import describe_store, differences, held_out_kls
 from pyalign.teacher_store import TeacherStore
 
@@ -44,6 +44,8 @@ class ReportSettings:
     exact_sequences: int = 16  # held-out sequences on which the KL over the whole vocabulary is computed too
 
     def __post_init__(self) -> None:
+        for text in self.samples:
+            whole_text("samples", text)
         if not all(text.strip() for text in self.samples):
             raise OptionError("samples", "one is empty; wanted texts to continue")
         at_least("sample_tokens", self.sample_tokens, 1)

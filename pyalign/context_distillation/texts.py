@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyalign._optional import require
-from pyalign.context_distillation.options import OptionError, at_least, not_utf8, read_text
+from pyalign.context_distillation.options import OptionError, at_least, not_utf8, read_text, whole_text
 
-_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can name one alone; no text in UTF-8 holds it
 MIN_TOKENS = 8  # a shorter remainder of a document is left out
 
 
@@ -88,8 +86,9 @@ def _record(row: Any, where: str) -> Record:
     if isinstance(row, dict):
         fields: dict[str, Any] = {str(k): v for k, v in row.items() if v is not None}  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
         group = None if fields.get("group") is None else str(fields["group"])
-        if any(isinstance(v, str) and _SURROGATE.search(v) for v in fields.values()):
-            raise OptionError("text", f"{where}: wanted whole characters, got half of one in {row!a:.80}")
+        for value in fields.values():
+            if isinstance(value, str):
+                whole_text("text", value, f"{where}: ")
         if isinstance(fields.get("text"), str):
             return Record(fields["text"], None, group)
         if isinstance(fields.get("question"), str) and isinstance(fields.get("answer"), str):
@@ -124,6 +123,7 @@ def make_sequences(
     Raises:
         OptionError: a number out of range, or either split is empty.
     """
+    whole_text("text_prefix", text_prefix)
     prefix = ([] if bos is None else [bos]) + (encode(text_prefix) if text_prefix else [])
     window = chunk_length - len(prefix)
     at_least("chunk_length", chunk_length, len(prefix) + MIN_TOKENS)
