@@ -373,10 +373,11 @@ size_t distill_scratch(const DistillArgs& args) {
 
 // ---- Top-k: the teacher's entries are categories, and with a bucket all the rest is one more ----
 
-// The state of all entries of a row that are not in the set; the set's logits go to `members`.
-template <class T>
+// The state of all entries of a row that are not in the set; the set's logits go to `members`. Calls ahead(first)
+// before each block.
+template <class T, class Fetch>
 Softmax<double> fold_rest(const T* x, int64_t vocab, double inverse_temperature, const Entry* entries, int64_t count,
-                          double* members, Ahead* ahead) {
+                          double* members, Fetch ahead) {
     using F = ValueOf<T>;
     RowFold<F> fold(inverse_temperature);
     alignas(64) F patched[kBlock];
@@ -384,7 +385,7 @@ Softmax<double> fold_rest(const T* x, int64_t vocab, double inverse_temperature,
     for (int64_t first = 0; first < vocab; first += kBlock) {
         const T* const block = x + first;
         const int64_t length = minimum(kBlock, vocab - first);
-        ahead->fold(first);
+        ahead(first);
         if (entry == count || entries[entry].index >= first + length) {
             fold.add(block, length);
             continue;
@@ -516,7 +517,8 @@ void topk_distill_rows(const TopKDistillArgs& args, double denominator, void* ro
         const T* const student = reinterpret_cast<const T*>(row_of(args.student, row));
         Softmax<double> rest;
         if (reads_row)
-            rest = fold_rest(student, vocab, inverse_temperature, entries, count, members, &ahead);
+            rest = fold_rest(student, vocab, inverse_temperature, entries, count, members,
+                             [&](int64_t first) { ahead.fold(first); });
         else
             for (int64_t i = 0; i < count; ++i) members[i] = double(value(student[entries[i].index]));
         Softmax<double> all = rest;
@@ -635,11 +637,14 @@ bool add_group(const T* row, int64_t first, Candidates<F>& best) {
 // The k-th largest of the groups' maxima is a lower bound of the k-th largest entry, and a close one: the row is read
 // once for the maxima, and again only where a group's is above the bound.
 template <class T, class F = ValueOf<T>>
-bool select(const T* row, int64_t vocab, int64_t k, F* maxima, Entry* entries) {
+bool select(const T* row, int64_t vocab, int64_t k, F* maxima, Entry* entries, Ahead& ahead) {
     const int64_t groups = vocab / kGroup;
     F bound = F(-kInfinity);
     if (groups > k) {
-        for (int64_t group = 0; group < groups; ++group) maxima[group] = max_of(row + group * kGroup, kGroup);
+        for (int64_t group = 0; group < groups; ++group) {
+            if (group % (kBlock / kGroup) == 0) ahead.fold(group * kGroup);
+            maxima[group] = max_of(row + group * kGroup, kGroup);
+        }
         bound = cpu::kth_largest(maxima, maxima + groups, groups, k);
     }
     const bool bounded = bound > std::numeric_limits<F>::lowest();
@@ -674,11 +679,11 @@ void topk_rows(const TopKArgs& args, Span span) {
     for (int64_t row = span.begin; row < span.end; ++row) {
         const T* const logits = reinterpret_cast<const T*>(row_of(args.logits, row));
         ahead.start(args.logits, row, row + 1 < span.end ? row + 1 : -1, args.vocab);
-        const bool valid = select(logits, args.vocab, args.k, maxima, entries);
+        const bool valid = select(logits, args.vocab, args.k, maxima, entries, ahead);
         const int64_t count = valid ? args.k : 0;
         cpu::sort_by_index(entries, count);
         const Softmax<double> rest =
-            fold_rest(logits, args.vocab, inverse_temperature, entries, count, members, &ahead);
+            fold_rest(logits, args.vocab, inverse_temperature, entries, count, members, [&](int64_t) { ahead.map(); });
         Softmax<double> all = rest;
         for (int64_t i = 0; i < count; ++i) all = fold(all, members[i], inverse_temperature);
         cpu::sort_by_value(entries, count);
