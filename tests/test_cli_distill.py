@@ -504,7 +504,7 @@ def test_the_loss_is_measured_apart_with_the_package_in_use(tmp_path: Path, monk
 def test_the_peak_counts_what_a_call_holds_for_a_moment():
     size = 64 * 2**20
     peak = peak_extra_memory(lambda: (torch.ones(size // 4) + 1).sum(), torch.device("cpu"))
-    assert 0.9 * 2 * size < peak < 1.2 * 2 * size
+    assert 0.9 * 2 * size < peak < 1.5 * 2 * size
     assert peak_extra_memory(lambda: None, torch.device("cpu")) < size / 16
 
 
