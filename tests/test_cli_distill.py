@@ -21,6 +21,7 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("safetensors")
 pytest.importorskip("matplotlib")
+from matplotlib.axes import Axes  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
@@ -563,6 +564,11 @@ def test_the_report_measures_the_loss_that_was_trained(
         return measure(implementation, case)
 
     monkeypatch.setattr("pyalign.context_distillation.report.measure_apart", measure_or_fail)
+    labels: list[str] = []
+    legend = Axes.legend
+    monkeypatch.setattr(
+        Axes, "legend", lambda axes, **kw: labels.extend(axes.get_legend_handles_labels()[1]) or legend(axes, **kw)
+    )
     parts: list[str] = []
     half = dataclasses.replace(lm, model=lm.model.bfloat16())  # read in another dtype than it was trained in
     figures = report(half, store, tmp_path / "train", tmp_path, ReportSettings(("hi",), 4, 2), on_part=parts.append)
@@ -576,6 +582,10 @@ def test_the_report_measures_the_loss_that_was_trained(
     assert "the loss in torch could not be measured: ended by SIGKILL" in parts
     assert "| plain torch | could not be measured |" in text
     assert figures.loss_torch is None
+    assert labels == [
+        "training loss: jsd, tail renormalize",
+        "held out: KL(prompted || model), 6 + 1 categories",
+    ]
     assert "| KL(prompted ‖ model) at temperature 1.5, nats" in text
     assert json.loads((tmp_path / "report.json").read_text())["loss_case"]["divergence"] == "jsd"
 

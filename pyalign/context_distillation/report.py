@@ -174,7 +174,7 @@ def report(
             loss_pyalign=costs["pyalign"],
             loss_torch=costs["torch"],
         )
-        _draw(log, store.manifest.k, directory / "curve.png")
+        _draw(log, case, directory / "curve.png")
         fields = {**dataclasses.asdict(figures), "fraction_left": figures.fraction_left}
         for name, value in (("exact", exact), ("loss_pyalign", costs["pyalign"]), ("loss_torch", costs["torch"])):
             fields[name] = None if value is None else value._asdict()
@@ -226,20 +226,24 @@ def _beginning(lm: CausalLM, store: TeacherStore, index: int) -> str:
     return lm.tokenizer.decode(store.sequence(index).tokens[:_BEGINNING].tolist(), skip_special_tokens=True)
 
 
-def _draw(log: list[dict[str, Any]], k: int, path: Path) -> None:
+def _draw(log: list[dict[str, Any]], case: LossCase, path: Path) -> None:
     figure = require("matplotlib.figure").Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     steps = [e for e in log if e["event"] == "step"]
-    axes.plot([e["step"] for e in steps], [e["loss"] for e in steps], color="#9ab", lw=1.2, label="training loss")
+    losses = [e["loss"] for e in steps]
+    trained = f"training loss: {case.divergence}, tail {case.tail}"
+    axes.plot([e["step"] for e in steps], losses, color="#9ab", lw=1.2, label=trained)
     kls = held_out_kls(log)
     axes.plot(
         [s for s, _ in kls],
         [kl for _, kl in kls],
         "o-",
         color="#c33",
-        label="held out: KL(prompted || model)",
+        label=f"held out: KL(prompted || model), {case.k} + 1 categories",
     )
-    axes.set(xlabel="step", ylabel=f"nats per token, {k} + 1 categories", ylim=(0, None))
+    bottom = None if min(losses) < 0 else 0  # of tail "drop", which is no divergence
+    axes.set(xlabel="step", ylabel="nats per token", ylim=(bottom, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     with atomic_file(path) as temporary:
