@@ -23,11 +23,20 @@ def _temporary(path: Path) -> Path:
     return path.with_name(path.name + ".tmp")
 
 
+def _usual_mode(path: Path) -> int:
+    """The permissions that the process's umask gives a new file, by making ``path`` one."""
+    path.unlink(missing_ok=True)
+    path.touch()
+    return path.stat().st_mode & 0o777
+
+
 @contextmanager
 def atomic_file(path: Path) -> Generator[Path]:
     """Yield a temporary path to write to; on leaving, it is synced and renamed to ``path`` in one move."""
     temporary = _temporary(path)
+    mode = _usual_mode(temporary)
     yield temporary
+    temporary.chmod(mode)  # safetensors makes files that their owner alone can read
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)
@@ -39,8 +48,12 @@ def atomic_directory(path: Path) -> Generator[Path]:
     temporary = _temporary(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    mode = _usual_mode(temporary / ".mode")
+    (temporary / ".mode").unlink()
     yield temporary
     for file in temporary.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
         sync(file)
     sync(temporary)
     os.replace(temporary, path)

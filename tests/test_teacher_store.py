@@ -287,3 +287,12 @@ def test_missing_safetensors_names_the_extra(tmp_path: Path, rows: list[Sequence
         writer.write(0, rows[:3])
     assert writer.missing() == [0, 1, 2]
     assert isinstance(rows[0].teacher, TopKLogprobs)
+
+
+def test_files_have_the_permissions_of_any_other(tmp_path: Path, rows: list[SequenceRows]):
+    """A store that one account collects, another trains on."""
+    other = tmp_path / "other"
+    other.touch()
+    write(tmp_path / "store", rows, make_manifest(rows))
+    for shard in range(3):
+        assert shard_path(tmp_path / "store", shard).stat().st_mode == other.stat().st_mode
