@@ -20,7 +20,7 @@ import torch
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GPU_TOPK_LIMIT = 256
-_TRITON_TOPK_VOCAB = 1 << 18
+TRITON_TOPK_VOCAB = 1 << 18
 
 _warned: set[str] = set()
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("pyalign_backend", default=None)
@@ -97,10 +97,10 @@ def _triton_refusal(device_type: str) -> str:
     return ""
 
 
-def refusal(name: str, device: torch.device, dtype: torch.dtype, k: int = 0, vocab: int = 0) -> str:
+def refusal(name: str, device: torch.device, dtype: torch.dtype, k: int = 0, wide: bool = False) -> str:
     """Why backend ``name`` can't serve logits of this device and dtype; empty if it can.
 
-    ``k`` and ``vocab`` are for the extraction of the ``k`` largest of ``vocab`` logits.
+    ``k`` and ``wide`` are for the extraction of the ``k`` largest logits of rows, longer than TRITON_TOPK_VOCAB or not.
     """
     if name == "reference":
         return ""
@@ -118,22 +118,22 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype, k: int = 0, voc
         return _cuda_refusal(device.index or 0)
     if device.type not in ("cpu", "cuda", "xpu"):
         return f"the tensors are on {device.type}"
-    if vocab > _TRITON_TOPK_VOCAB:
-        return f"{vocab} logits per row are over the Triton kernel's limit of {_TRITON_TOPK_VOCAB}"
+    if wide:
+        return f"the rows are longer than the Triton kernel's limit of {TRITON_TOPK_VOCAB}"
     return _triton_refusal(device.type)
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     """The backend for these tensors, and why."""
-    return _decide(_forced.get(), os.environ.get("PYALIGN_BACKEND"), device.type, device.index, dtype, 0, 0)
+    return _decide(_forced.get(), os.environ.get("PYALIGN_BACKEND"), device.type, device.index, dtype, 0, False)
 
 
 @torch.compiler.assume_constant_result
-def choose_name(device_type: str, device_index: int | None, dtype: torch.dtype, k: int = 0, vocab: int = 0) -> str:
+def choose_name(device_type: str, device_index: int | None, dtype: torch.dtype, k: int = 0, wide: bool = False) -> str:
     """The backend's name; while torch.compile traces, it is a constant of the graph. Warns, once for each kind of call,
     where plain torch stands in for kernels that should be there."""
     variable = os.environ.get("PYALIGN_BACKEND")
-    choice = _decide(_forced.get(), variable, device_type, device_index, dtype, k, vocab)
+    choice = _decide(_forced.get(), variable, device_type, device_index, dtype, k, wide)
     if choice.warning and choice.warning not in _warned:
         _warned.add(choice.warning)
         warnings.warn(choice.warning, RuntimeWarning, stacklevel=3)
@@ -148,20 +148,20 @@ def _decide(
     device_index: int | None,
     dtype: torch.dtype,
     k: int,
-    vocab: int,
+    wide: bool,
 ) -> Choice:
     device = torch.device(device_type) if device_index is None else torch.device(device_type, device_index)
     source = "pyalign.backend"
     if forced is None:
         forced, source = _known(variable or None, "PYALIGN_BACKEND"), "PYALIGN_BACKEND"
     if forced is not None:
-        why_not = refusal(forced, device, dtype, k, vocab)
+        why_not = refusal(forced, device, dtype, k, wide)
         if why_not:
             raise RuntimeError(f"backend {forced!r}, forced by {source}, can't serve this call: {why_not}")
         return Choice(forced, f"forced by {source}")
     reasons: list[str] = []
     for name in {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device.type, ()):
-        why_not = refusal(name, device, dtype, k, vocab)
+        why_not = refusal(name, device, dtype, k, wide)
         if not why_not:
             return Choice(name, "; ".join([f"default on {device.type}", *reasons]))
         reasons.append(f"not {name}: {why_not}")

@@ -8,6 +8,7 @@ device. float16 (whose 1/N gradients would flush to zero before a GradScaler can
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -74,7 +75,7 @@ class RawLoss(NamedTuple):
     def fake(self, student: Tensor, *arguments: Any) -> list[Tensor]:
         *head, want_loss, want_gradient, want_metrics, _ = arguments
         reduction = head[self.teacher_arguments + len(Tokens._fields) - 1]
-        dtype, count = accumulation_dtype(student.dtype), student.shape[:-1].numel()
+        dtype, count = accumulation_dtype(student.dtype), math.prod(student.shape[:-1])
         results: list[Tensor] = []
         if want_loss:
             results.append(student.new_empty((count,) if reduction == "none" else (), dtype=dtype))
@@ -123,7 +124,7 @@ def _topk(logits: Tensor, k: int, temperature: float, backend: str) -> tuple[Ten
 
 
 def _topk_fake(logits: Tensor, k: int, temperature: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    count, dtype = logits.shape[:-1].numel(), accumulation_dtype(logits.dtype)
+    count, dtype = math.prod(logits.shape[:-1]), accumulation_dtype(logits.dtype)
     return (
         logits.new_empty((count, k), dtype=dtype),
         logits.new_empty((count, k), dtype=torch.int64),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyalign import _checks, _ops
-from pyalign._backends import choose_name
+from pyalign._backends import TRITON_TOPK_VOCAB, choose_name
 from pyalign._types import DIVERGENCES, TAILS, Options, Results, Tokens, accumulation_dtype
 from pyalign.reference import distill as _reference
 
@@ -227,7 +227,8 @@ def topk_logprobs(logits: Tensor, k: int = 50, *, temperature: float = 1.0) -> T
         _checks.refuse("k", repr(k), f"an int with 0 < k <= {logits.shape[-1]}, the vocabulary")
     temperature = _checks.temperature("temperature", temperature)
     logits = logits.detach()
-    backend = choose_name(logits.device.type, logits.device.index, logits.dtype, k, logits.shape[-1])
+    wide = True if logits.shape[-1] > TRITON_TOPK_VOCAB else False  # noqa: SIM210  # a constant of a compiled graph
+    backend = choose_name(logits.device.type, logits.device.index, logits.dtype, k, wide)
     if backend == "reference":
         logprobs, indices, residual = _reference.topk(logits, k, temperature)
     else:

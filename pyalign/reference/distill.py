@@ -57,13 +57,18 @@ def reduce(row_loss: Tensor, counted: Tensor, tokens: Tokens) -> Tensor:
     return torch.where(denominator == 0, total * 0.0, total / torch.where(denominator == 0, 1.0, denominator))
 
 
+def _can_raise(x: Tensor) -> bool:
+    """Whether values may be looked at: not on a GPU, where that would mean to wait, and not in a compiled graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _checked(name: str, index: Tensor, limit: int, relevant: Tensor) -> tuple[Tensor, Tensor]:
     """``index`` with irrelevant and out-of-range entries set to 0, and which rows were out of range.
 
-    On the CPU an out-of-range entry raises instead.
+    On the CPU, outside torch.compile, an out-of-range entry raises instead.
     """
     bad = relevant & ((index < 0) | (index >= limit))
-    if index.device.type == "cpu" and bool(bad.any()):
+    if _can_raise(index) and bool(bad.any()):
         row = int(bad.nonzero()[0, 0])
         value = int(index[bad][0])
         raise ValueError(f"{name}: row {row} holds {value}; wanted 0 <= {name} < {limit}")
@@ -114,7 +119,7 @@ def distill(
     student (..., V_s), teacher (..., V_t); both are cut to their first ``options.vocab`` entries.
     """
     dtype = torch.promote_types(accumulation_dtype(student.dtype), accumulation_dtype(teacher.dtype))
-    count = student.shape[:-1].numel()
+    count = math.prod(student.shape[:-1])
     counted = counted_tokens(tokens, count, student.device)
     raw = student[..., : options.vocab].reshape(count, options.vocab).to(dtype)
     other = teacher.detach()[..., : options.vocab].reshape(-1, options.vocab).to(dtype)
@@ -154,7 +159,7 @@ def topk_distill(
     student (..., V), logprobs and indices (..., k), residual (...).
     """
     dtype = accumulation_dtype(student.dtype)
-    count, vocab, k = student.shape[:-1].numel(), options.vocab, indices.shape[-1]
+    count, vocab, k = math.prod(student.shape[:-1]), options.vocab, indices.shape[-1]
     counted = counted_tokens(tokens, count, student.device)
     raw = student[..., :vocab].reshape(count, vocab).to(dtype)
     raw = torch.where(counted[:, None], raw, 0.0)
@@ -177,7 +182,7 @@ def topk_distill(
     flat_index, bad_index = _checked("teacher.indices", index, vocab, present)
     ordered = torch.where(present, flat_index, vocab + torch.arange(k, device=index.device)).sort(-1).values
     duplicate = (ordered[:, 1:] == ordered[:, :-1]).any(-1)
-    if index.device.type == "cpu" and bool(duplicate.any()):
+    if _can_raise(index) and bool(duplicate.any()):
         raise ValueError(f"teacher.indices: row {int(duplicate.nonzero()[0, 0])} holds an index twice")
     bad = bad | bad_index.any(-1) | duplicate
     log_p = torch.where(present, log_p, NEG_INF)
