@@ -7,27 +7,37 @@ dtype, as often as it is asked.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyalign import _backends
 from pyalign._ops import FirstOrderOnly, define, functorch_is_active, refuse_forward_mode
 from pyalign._types import PairOptions, PairTensors, RankOptions, RankTensors, accumulation_dtype
 
 
+@functools.cache
 def engine(name: str) -> Any:
     """The object with the engine functions (pair_loss, ranked_loss, score_gradient) of a kernel backend."""
     if name == "triton":
         return importlib.import_module("pyalign.kernels.ranking")
-    _backends.native()
     return getattr(importlib.import_module("pyalign._native_ranking"), name)()
 
 
 def _contiguous(tensors: Any) -> Any:
-    return tensors._make(None if x is None else x.contiguous() for x in tensors)
+    return tensors._make([None if x is None else x.contiguous() for x in tensors])
+
+
+def _plain(*tensors: Tensor | None) -> bool:
+    """Whether nobody watches the ops that these tensors meet: then a raw op may be called without torch's dispatcher,
+    which costs as much as the kernel for the few thousand pairs of a batch."""
+    watched = torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling() or functorch_is_active()  # pyright: ignore[reportPrivateUsage]
+    return not watched and all(type(x) in _PLAIN for x in tensors)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
 # Raw ops: scores, what is constant about them, options, what is wanted. They return [loss, denominator, gradient,
@@ -141,11 +151,13 @@ class Call(NamedTuple):
     backend: str
 
     def forward(self, scores: tuple[Tensor, ...], want_gradient: bool) -> list[Tensor]:
+        plain = _plain(*scores, *self.tensors())
         if self.name == "ranked_loss":
-            return torch.ops.pyalign.ranked_loss(*scores, *self.arguments, want_gradient, self.backend)
+            ranked_loss = _ranked_loss if plain else torch.ops.pyalign.ranked_loss
+            return ranked_loss(*scores, *self.arguments, want_gradient, self.backend)
         first, second = scores if len(scores) == 2 else (*scores, None)
-        wanted = want_gradient, self.want_rewards, self.backend
-        return torch.ops.pyalign.pair_loss(first, second, *self.arguments, *wanted)
+        pair_loss = _pair_loss if plain else torch.ops.pyalign.pair_loss
+        return pair_loss(first, second, *self.arguments, want_gradient, self.want_rewards, self.backend)
 
     def group_offsets(self) -> Tensor | None:
         return self.arguments[1] if self.name == "ranked_loss" else None
@@ -159,11 +171,12 @@ class Call(NamedTuple):
         scores: tuple[Tensor, ...],
     ) -> list[Tensor]:
         """d result / d scores, times ``upstream``: () or, for "none", one per item or group."""
-        result = torch.ops.pyalign.score_gradient(
+        score_gradient = _score_gradient if _plain(gradient, upstream) else torch.ops.pyalign.score_gradient
+        result = score_gradient(
             gradient[None] if gradient.dim() == 1 else gradient, upstream, denominator, group_offsets, self.size,
             scores[0].dtype, self.backend,
         )  # fmt: skip
-        return [result[side].view(x.shape) for side, x in enumerate(scores)]
+        return list(result.unbind()) if self.name == "pair_loss" else [result.view(scores[0].shape)]
 
     def tensors(self) -> list[Tensor]:
         return [x for x in self.arguments if isinstance(x, Tensor)]
@@ -237,7 +250,7 @@ def loss(call: Call, *scores: Tensor) -> tuple[Tensor, Tensor | None]:
         refuse_forward_mode(x)
     rewards: Any
     if not needs_gradient:
-        value, _, *rewards = call.forward(tuple(x.detach() for x in scores), False)
+        value, _, *rewards = call.forward(tuple(x.detach() if x.requires_grad else x for x in scores), False)
     elif torch.compiler.is_compiling() or functorch_is_active():
         value, _, _, *rewards = _ScoreLossTraced.apply(call, len(scores), *scores, *call.tensors())
     else:

@@ -112,7 +112,7 @@ class LabelledOutput(NamedTuple):
 def _common_dtype(*tensors: Tensor | None) -> torch.dtype:
     dtype = None
     for x in tensors:
-        if x is not None:
+        if x is not None and x.dtype != dtype:
             dtype = x.dtype if dtype is None else torch.promote_types(dtype, x.dtype)
     assert dtype is not None
     return dtype
@@ -123,10 +123,11 @@ def _run_pairs(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss and both sides' rewards, from the backend that serves the scores."""
     dtype = _common_dtype(first, second, tensors.first_reference, tensors.second_reference)
-    scores = [x.to(dtype) for x in (first, second) if x is not None]
-    references = (tensors.first_reference, tensors.second_reference)
-    first_reference, second_reference = (None if x is None else x.detach().to(dtype) for x in references)
-    tensors = tensors._replace(first_reference=first_reference, second_reference=second_reference)
+    scores = [x if x.dtype == dtype else x.to(dtype) for x in (first, second) if x is not None]
+    if tensors.first_reference is not None:
+        references = (tensors.first_reference, tensors.second_reference)
+        first_reference, second_reference = (None if x is None else x.detach().to(dtype) for x in references)
+        tensors = tensors._replace(first_reference=first_reference, second_reference=second_reference)
     backend = choose_name(first.device.type, first.device.index, dtype)
     if backend == "reference":
         loss, *rewards = _reference.pair_loss(scores[0], scores[1] if len(scores) == 2 else None, tensors, options)
@@ -294,8 +295,8 @@ def ranked_preference_loss(
       z = scale * (score_i - score_j) - margin * (rank_j - rank_i), e = label_smoothing. Nothing of size K x K is
       stored.
     - ``"plackett_luce"``: sum over the stages of log(sum of e^s over what is left) - s_best, s = scale * score
-      (Plackett 1975). d entries that tie for a stage, with R the sum of e^s over them and what comes after them and T over them
-      alone, cost d log R - sum s by Breslow's rule and sum_l log(R - l/d T) - sum s, l = 0 .. d-1, by Efron's (as in
+      (Plackett 1975). d entries that tie for a stage, with R the sum of e^s over them and what comes after and T over
+      them alone, cost d log R - sum s by Breslow's rule and sum_l log(R - l/d T) - sum s, l < d, by Efron's (as in
       the partial likelihood of Cox' model). For two entries it is the pairwise loss.
 
     Args:

@@ -16,17 +16,17 @@ PYALIGN_HD F absolute(F x) {
     return x < F(0) ? -x : x;
 }
 
-// log(1 + x) for 0 <= x <= 1. 1 + x rounds to u; the last term puts back what the rounding took.
-PYALIGN_HD float log1p_unit(float x) {
+// log(1 + x) for x >= 0, given 1 / (1 + x). 1 + x rounds to u; the last term puts back what the rounding took.
+PYALIGN_HD float log1p_nonnegative(float x, float inverse) {
 #if defined(__CUDA_ARCH__)
     return ::log1pf(x);
 #else
     const float u = 1.0f + x;
-    return log_positive(u) + (x - (u - 1.0f)) / u;
+    return log_positive(u) + (x - (u - 1.0f)) * inverse;
 #endif
 }
 
-PYALIGN_HD double log1p_unit(double x) { return ::log1p(x); }
+PYALIGN_HD double log1p_nonnegative(double x, double) { return ::log1p(x); }
 
 // e^x for any x; +inf above 88.7 (float) as it should be.
 template <class F>
@@ -35,7 +35,20 @@ PYALIGN_HD F exp_any(F x) {
     return x > F(0) ? inverse * inverse : exp_nonpositive(x > F(0) ? F(0) : x);
 }
 
-// What the logistic forms need of x: log(1 + e^-x), sigmoid(x) and sigmoid(-x), none by subtraction.
+// What the logistic forms need of x: log(1 + e^-x) = base + log(1 + e), sigmoid(x) and sigmoid(-x), none by
+// subtraction. `e` is in [0, 1]: where many are summed, log(1 + e) of each costs more than the product of 1 + e.
+template <class F>
+struct LogisticParts {
+    F base, e, inverse, up, down;  // inverse: 1 / (1 + e)
+};
+
+template <class F>
+PYALIGN_HD LogisticParts<F> logistic_parts(F x) {
+    const F e = exp_nonpositive(-absolute(x)), inverse = F(1) / (F(1) + e), small = e * inverse;
+    const bool positive = x > F(0);
+    return {positive ? F(0) : -x, e, inverse, positive ? inverse : small, positive ? small : inverse};
+}
+
 template <class F>
 struct Logistic {
     F cost, up, down;
@@ -43,9 +56,8 @@ struct Logistic {
 
 template <class F>
 PYALIGN_HD Logistic<F> logistic(F x) {
-    const F e = exp_nonpositive(-absolute(x)), inverse = F(1) / (F(1) + e), small = e * inverse;
-    const bool positive = x > F(0);
-    return {log1p_unit(e) + (positive ? F(0) : -x), positive ? inverse : small, positive ? small : inverse};
+    const LogisticParts<F> parts = logistic_parts(x);
+    return {log1p_nonnegative(parts.e, parts.inverse) + parts.base, parts.up, parts.down};
 }
 
 // ---- Forms of a margin ----

@@ -136,7 +136,7 @@ LossSum shared_group(const RankArgs& args, int64_t index, int threads) {
         for (int64_t i = 0; i < kParts * n; ++i) group.gradient[i % n] += gradients[i];
         for (const double loss : losses) sum.loss += loss;
     }
-    ranking_kernels().close_group(args, group, sum.count);
+    ranking_kernels().close_group(args, group, sum);
     return sum;
 }
 

@@ -181,10 +181,28 @@ void open_group_of(const RankArgs& a, int64_t index, std::byte* scratch, Group& 
     for (int64_t i = n; i < n + kLanes; ++i) x[i] = distance[i] = F(0);  // read, and not used
 }
 
-// The gradient of a group's scores, in their order.
+// Adds label smoothing: e z per pair, whose derivative is e, times the entries below less those above.
+template <class F>
+double smooth(const RankArgs& a, const Group& g) {
+    const double e = a.options.label_smoothing;
+    if (e == 0) return 0;
+    const F *const x = static_cast<const F*>(g.scores), *const distance = static_cast<const F*>(g.distances);
+    double loss = 0;
+    for (int64_t i = 0, above = 0; i < g.present; ++i) {
+        if (i > 0 && g.after[i] != g.after[i - 1]) above = i;
+        const double wins = double(g.present - g.after[i] - above);
+        loss += e * wins * (double(x[i]) + double(distance[i]));
+        g.gradient[i] += e * wins;
+    }
+    return loss;
+}
+
+// Completes a group's loss and writes the gradient of its scores, in their order.
 template <class T>
-void close_group_of(const RankArgs& a, const Group& g, double pairs) {
+void close_group_of(const RankArgs& a, const Group& g, LossSum& result) {
     using F = ValueOf<T>;
+    const double pairs = result.count;
+    if (a.options.method == RankMethod::kPairwise && pairs > 0) result.loss += smooth<F>(a, g);
     if (!a.gradient) return;
     F* const gradient = static_cast<F*>(a.gradient) + g.begin;
     std::memset(gradient, 0, static_cast<size_t>(g.size) * sizeof(F));
@@ -193,57 +211,82 @@ void close_group_of(const RankArgs& a, const Group& g, double pairs) {
     for (int64_t i = 0; i < g.present; ++i) gradient[g.order[i]] = F(factor * g.gradient[i]);
 }
 
-// The pairs that the entries [begin, end) win. Rows are taken in tiles: within one, gradients of the losing entries add
-// up in F; over tiles, in double.
+// The sum of log(1 + e) over many e in [0, 1], a lane each: the products of 1 + e, less 1, which loses nothing of a
+// small e, and a logarithm before they can overflow.
 template <class F>
-double pair_rows_of(const RankArgs& a, const Group& g, int64_t begin, int64_t end, F* tile, double* gradient) {
+struct LogProducts {
+    static constexpr int kFactors = sizeof(F) == 4 ? 96 : 768;
+    alignas(64) F less_one[kLanes] = {};
+    int factors = 0;
+    double sum = 0;
+
+    PYALIGN_HD void reserve() {
+        if (++factors > kFactors) flush();
+    }
+    PYALIGN_HD void flush() {
+        alignas(64) F logs[kLanes];
+#pragma omp simd
+        for (int lane = 0; lane < int(kLanes); ++lane)
+            logs[lane] = log1p_nonnegative(less_one[lane], F(1) / (F(1) + less_one[lane]));
+        for (int lane = 0; lane < int(kLanes); ++lane) {
+            sum += double(logs[lane]);
+            less_one[lane] = F(0);
+        }
+        factors = 1;
+    }
+};
+
+// The pairs that the entries [begin, end) win, without label smoothing, which is linear in the scores (`smooth`). Rows
+// are taken in tiles: within one, gradients of the losing entries add up in F; over tiles, in double.
+template <class F>
+double pair_rows_of(const Group& g, int64_t begin, int64_t end, F* tile, double* gradient) {
     constexpr int64_t kRows = 64;
-    const LogisticForm<F> form{F(a.options.label_smoothing)};
+    alignas(64) static constexpr F kKeep[2 * kLanes] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
     const F* const x = static_cast<const F*>(g.scores);
     const F* const distance = static_cast<const F*>(g.distances);
     const int64_t n = g.present;
     double loss = 0;
 
     for (int64_t first = begin; first < end; first += kRows) {
-        const int64_t last = minimum(first + kRows, end);
-        if (g.after[first] >= n) break;
-        std::memset(tile + first, 0, static_cast<size_t>(n + kLanes - first) * sizeof(F));
-        alignas(64) F tile_loss[kLanes] = {};
+        const int64_t last = minimum(first + kRows, end), from = g.after[first];
+        if (from >= n) break;
+        std::memset(tile + from, 0, static_cast<size_t>(n + kLanes - from) * sizeof(F));
+        alignas(64) F base[kLanes] = {};
+        LogProducts<F> products;
         for (int64_t i = first; i < last; ++i) {
             const F xi = x[i], di = distance[i];
             alignas(64) F row[kLanes] = {};
             for (int64_t start = g.after[i]; start < n; start += kLanes) {
-                const int left = int(minimum(kLanes, n - start));
-                alignas(64) F cost[kLanes], slope[kLanes];
+                const F* const keep = kKeep + (kLanes - minimum(kLanes, n - start));
+                products.reserve();
+                F* const less_one = products.less_one;
 #pragma omp simd
                 for (int lane = 0; lane < int(kLanes); ++lane) {
-                    const Slope<F> at = form((xi - x[start + lane]) - (distance[start + lane] - di));
-                    cost[lane] = at.loss;
-                    slope[lane] = at.slope;
-                }
-                for (int lane = left; lane < int(kLanes); ++lane) cost[lane] = slope[lane] = F(0);
-#pragma omp simd
-                for (int lane = 0; lane < int(kLanes); ++lane) {
-                    tile_loss[lane] += cost[lane];
-                    row[lane] += slope[lane];
-                    tile[start + lane] -= slope[lane];
+                    const LogisticParts<F> at = logistic_parts((xi - x[start + lane]) - (distance[start + lane] - di));
+                    const F e = at.e * keep[lane], down = at.down * keep[lane];
+                    less_one[lane] += e + less_one[lane] * e;
+                    base[lane] += keep[lane] != F(0) ? at.base : F(0);
+                    row[lane] += down;
+                    tile[start + lane] += down;
                 }
             }
             F sum = F(0);
 #pragma omp simd reduction(+ : sum)
             for (int lane = 0; lane < int(kLanes); ++lane) sum += row[lane];
-            gradient[i] += double(sum);
+            gradient[i] -= double(sum);
         }
-        for (int lane = 0; lane < int(kLanes); ++lane) loss += double(tile_loss[lane]);
-        for (int64_t j = first; j < n; ++j) gradient[j] += double(tile[j]);
+        products.flush();
+        loss += products.sum;
+        for (const F x : base) loss += double(x);
+        for (int64_t j = from; j < n; ++j) gradient[j] += double(tile[j]);
     }
     return loss;
 }
 
 double pair_rows(const RankArgs& args, const Group& group, int64_t begin, int64_t end, void* tile, double* gradient) {
     if (args.dtype == Dtype::kFloat64)
-        return pair_rows_of<double>(args, group, begin, end, static_cast<double*>(tile), gradient);
-    return pair_rows_of<float>(args, group, begin, end, static_cast<float*>(tile), gradient);
+        return pair_rows_of<double>(group, begin, end, static_cast<double*>(tile), gradient);
+    return pair_rows_of<float>(group, begin, end, static_cast<float*>(tile), gradient);
 }
 
 // Plackett-Luce. A stage is a block of d tied entries with everything that is ranked after it: R = sum e^s over the
@@ -308,9 +351,9 @@ void rank_groups_of(const RankArgs& a, int64_t begin, int64_t end, std::byte* sc
         result = {0, double(cpu::pairs_of(g))};
         if (result.count > 0)
             result.loss = a.options.method == RankMethod::kPairwise
-                              ? pair_rows_of<F>(a, g, 0, g.present, static_cast<F*>(g.tile), g.gradient)
+                              ? pair_rows_of<F>(g, 0, g.present, static_cast<F*>(g.tile), g.gradient)
                               : listwise_of<F>(a, g);
-        close_group_of<T>(a, g, result.count);
+        close_group_of<T>(a, g, result);
     }
 }
 
@@ -332,8 +375,8 @@ void open_group(const RankArgs& args, int64_t index, std::byte* scratch, Group& 
     with_scores(args.dtype, [&](auto type) { open_group_of<decltype(type)>(args, index, scratch, group); });
 }
 
-void close_group(const RankArgs& args, const Group& group, double pairs) {
-    with_scores(args.dtype, [&](auto type) { close_group_of<decltype(type)>(args, group, pairs); });
+void close_group(const RankArgs& args, const Group& group, LossSum& result) {
+    with_scores(args.dtype, [&](auto type) { close_group_of<decltype(type)>(args, group, result); });
 }
 
 // ---- Backward ----

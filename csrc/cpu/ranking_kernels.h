@@ -34,7 +34,7 @@ struct RankingKernels {
     // and a gradient [present] of his own. It is closed when group.gradient holds their sum.
     void (*open_group)(const RankArgs&, int64_t group, std::byte* scratch, Group&);
     double (*pair_rows)(const RankArgs&, const Group&, int64_t begin, int64_t end, void* tile, double* gradient);
-    void (*close_group)(const RankArgs&, const Group&, double pairs);
+    void (*close_group)(const RankArgs&, const Group&, LossSum& result);
 
     // [begin, end) counts entries or, where each group has an upstream gradient, groups.
     void (*score_gradient)(const ScoreGradientArgs&, int64_t begin, int64_t end);
