@@ -33,8 +33,10 @@ def _contiguous(tensors: Any) -> Any:
 def _plain(*tensors: Tensor | None) -> bool:
     """Whether nobody watches the ops that these tensors meet: then a raw op may be called without torch's dispatcher,
     which costs as much as the kernel for the few thousand pairs of a batch."""
-    watched = torch._C._len_torch_dispatch_stack() or torch.compiler.is_compiling() or functorch_is_active()  # pyright: ignore[reportPrivateUsage]
-    return not watched and all(type(x) in _PLAIN for x in tensors)
+    if torch.compiler.is_compiling() or functorch_is_active():
+        return False
+    modes = torch._C._len_torch_dispatch_stack()  # pyright: ignore[reportPrivateUsage]  # torch offers no other way
+    return modes == 0 and all(type(x) in _PLAIN for x in tensors)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))

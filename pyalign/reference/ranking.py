@@ -125,7 +125,7 @@ def padded(scores: Tensor, ranks: Tensor, offsets: Tensor) -> tuple[Tensor, Tens
     inside = place < sizes[:, None]
     index = torch.where(inside, offsets[:-1, None] + place, 0)
     if scores.shape[0] == 0:
-        return scores.new_zeros(index.shape), torch.full_like(index, -1)
+        return scores.sum() + scores.new_zeros(index.shape), torch.full_like(index, -1)  # with a graph
     return torch.where(inside, scores[index], 0.0), torch.where(inside, ranks[index], -1)
 
 
@@ -156,7 +156,8 @@ def ranked_loss(scores: Tensor, tensors: RankTensors, options: RankOptions) -> T
     pairs = wins.sum((1, 2))
     has_pairs = pairs > 0
     if options.method == "pairwise":
-        gaps = x[:, :, None] - x[:, None, :] - options.margin * (ranks[:, None, :] - ranks[:, :, None])
+        steps = (ranks[:, None, :] - ranks[:, :, None]).to(dtype)
+        gaps = x[:, :, None] - x[:, None, :] - options.margin * steps
         form = PairOptions(label_smoothing=options.label_smoothing)
         losses = margin_form(torch.where(wins, gaps, 0.0), form)
         assert losses is not None
