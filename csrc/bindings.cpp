@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -110,15 +111,18 @@ void register_distill(py::module_& m, Distill distill, TopKDistill topk_distill,
 
 // (loss, scale, margin, label_smoothing, center, tau, delta, positive_weight, negative_weight)
 PairOptions pair_options(const py::tuple& t) {
+    const double smoothing = t[3].cast<double>();
     return {static_cast<PairLoss>(t[0].cast<int>()),
             t[1].cast<double>(),
             t[2].cast<double>(),
-            t[3].cast<double>(),
+            smoothing,
             t[4].cast<double>(),
             t[5].cast<double>(),
             t[6].cast<double>(),
             t[7].cast<double>(),
-            t[8].cast<double>()};
+            t[8].cast<double>(),
+            std::log1p(-smoothing),
+            std::log(smoothing)};
 }
 
 // (count, dtype, first, second, first_reference, second_reference, margin, margin_stride, labels, weight, mask,
@@ -137,7 +141,8 @@ PairArgs pair_args(const py::tuple& t, const py::tuple& option, const py::tuple&
 }
 
 // (groups, size, count, dtype, scores, ranks, offsets, reduction, num_items),
-// (method, scale, margin, label_smoothing, over_groups), (loss, denominator, gradient, group_loss, ticket)
+// (method, scale, margin, label_smoothing, over_groups), (loss, denominator, gradient, group_loss,
+// stages, ticket)
 RankArgs rank_args(const py::tuple& t, const py::tuple& o, const py::tuple& out) {
     return {t[0].cast<int64_t>(),
             t[1].cast<int64_t>(),
@@ -154,7 +159,8 @@ RankArgs rank_args(const py::tuple& t, const py::tuple& o, const py::tuple& out)
             pointer<void>(out[1]),
             pointer<void>(out[2]),
             pointer<void>(out[3]),
-            pointer<int32_t>(out[4])};
+            pointer<void>(out[4]),
+            pointer<int32_t>(out[5])};
 }
 
 // (rows, count, groups, size, dtype, gradient, upstream, per_group, offsets, denominator, result)
@@ -204,6 +210,7 @@ void register_cpu(py::module_ m) {
 
 #if defined(PYALIGN_WITH_CUDA)
 void register_cuda(py::module_ m) {
+    register_ranking<cudaStream_t>(m, cuda::pair_loss, cuda::ranked_loss, cuda::score_gradient);
     register_distill<cudaStream_t>(m, cuda::distill, cuda::topk_distill, cuda::topk, cuda::scale);
 }
 #endif

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyalign import _C
+from pyalign._tickets import gpu_ticket
 from pyalign._types import (
     PAIR_LOSSES,
     RANK_METHODS,
@@ -97,7 +98,10 @@ class _Engine:
         denominator = torch.empty((), dtype=dtype, device=device)
         gradient = torch.empty(scores.numel(), dtype=dtype, device=device) if want_gradient else None
         ticket = self.ticket(device)
-        group_loss = None if ticket is None else torch.empty(2, groups, dtype=dtype, device=device)
+        group_loss = stages = None
+        if ticket is not None:
+            group_loss = torch.empty(2, groups, dtype=dtype, device=device)
+            stages = None if options.method == "pairwise" else torch.empty(3, scores.numel(), device=device)
         method, *numbers, reduction = options
         self._module.ranked_loss(
             (
@@ -117,6 +121,7 @@ class _Engine:
                 denominator.data_ptr(),
                 _pointer(gradient),
                 _pointer(group_loss),
+                _pointer(stages),
                 _pointer(ticket),
             ),
             self.execution(device),
@@ -160,20 +165,6 @@ class _Cuda(_Engine):
 
     def ticket(self, device: torch.device) -> Tensor | None:
         return gpu_ticket(device)
-
-
-_tickets: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def gpu_ticket(device: torch.device) -> Tensor:
-    """() int32, 0 before a kernel and 0 after it. Kernels of one stream follow each other and share it; a graph that is
-    being captured may run beside them, and gets its own."""
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros((), dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _tickets:
-        _tickets[key] = torch.zeros((), dtype=torch.int32, device=device)
-    return _tickets[key]
 
 
 @functools.cache

@@ -268,8 +268,7 @@ PYALIGN_HD void with_form(const PairOptions& o, Body body) {
         case PairLoss::kIpo: return body(Ipo<F>{target});
         case PairLoss::kRobust: return body(OfMargin<F, RobustForm<F>>{{smoothing}, scale});
         case PairLoss::kExo:
-            return body(OfMargin<F, ExoForm<F>>{
-                {smoothing, F(::log1p(-o.label_smoothing)), F(::log(o.label_smoothing))}, scale});
+            return body(OfMargin<F, ExoForm<F>>{{smoothing, F(o.log_chosen), F(o.log_rejected)}, scale});
         case PairLoss::kNca: return body(Nca<F>{scale});
         case PairLoss::kBco: return body(Bco<F>{scale, F(o.delta)});
         case PairLoss::kSppo: return body(Sppo<F>{target});

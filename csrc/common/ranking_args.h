@@ -31,6 +31,7 @@ struct PairOptions {
     PairLoss loss = PairLoss::kLogistic;
     double scale = 1, margin = 0, label_smoothing = 0, center = 0, tau = 1, delta = 0;
     double positive_weight = 1, negative_weight = 1;
+    double log_chosen = 0, log_rejected = 0;  // log(1 - label_smoothing), log(label_smoothing)
 };
 
 // The loss of items: pairs of scores, or scores with labels. Null pointers mean "not given" or "not wanted".
@@ -79,7 +80,8 @@ struct RankArgs {
     void* loss = nullptr;         // [1], or [groups] for kNone
     void* denominator = nullptr;  // [1]
     void* gradient = nullptr;     // [count]
-    void* group_loss = nullptr;   // [2, groups] accumulation dtype, workspace: losses and pairs of the groups
+    void* group_loss = nullptr;   // [2, groups] float, workspace of the GPU kernels: losses and pairs of the groups
+    void* stages = nullptr;       // [3, count] float, workspace of the GPU kernels for Plackett-Luce
     int32_t* ticket = nullptr;    // [1] workspace of the GPU kernels, 0 before and after
 };
 
