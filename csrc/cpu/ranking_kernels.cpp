@@ -283,6 +283,50 @@ double pair_rows_of(const Group& g, int64_t begin, int64_t end, F* tile, double*
     return loss;
 }
 
+// All pairs of a small group, around a circle: entry i meets entry i + d, for d up to half the way. Vectors stay full,
+// where the rows of a triangle would be 16, 15, .. 1 long, and no row has to be summed across its lanes.
+constexpr int64_t kCircle = 64;
+
+template <class F>
+double pair_circle_of(const Group& g) {
+    constexpr int64_t kTwice = 2 * kCircle + kLanes;
+    const int64_t n = g.present, step = kLanes;
+    alignas(64) F x[kTwice], distance[kTwice], level[kTwice], lost[kTwice] = {}, won[kCircle + kLanes] = {};
+    for (int64_t i = 0; i < n; ++i) {
+        x[i] = x[i + n] = static_cast<const F*>(g.scores)[i];
+        distance[i] = distance[i + n] = static_cast<const F*>(g.distances)[i];
+        level[i] = level[i + n] = F(g.after[i]);
+    }
+    for (int64_t i = 2 * n; i < 2 * n + step; ++i) x[i] = distance[i] = level[i] = F(0);
+
+    alignas(64) F base[kLanes] = {};
+    LogProducts<F> products;
+    F* const less_one = products.less_one;
+    for (int64_t d = 1; 2 * d <= n; ++d) {
+        const int end = int(2 * d == n ? d : n), turn = int(n - d);
+        for (int first = 0; first < end; first += int(step)) {
+            products.reserve();
+#pragma omp simd
+            for (int lane = 0; lane < int(kLanes); ++lane) {
+                const int i = first + lane, j = i + int(d);
+                const F keep = F(i < end) * F(level[i] != level[j]), sign = i < turn ? F(1) : F(-1);
+                const F gap = (x[i] - x[j]) - (distance[j] - distance[i]);
+                const LogisticParts<F> at = logistic_parts(keep != F(0) ? sign * gap : F(0));
+                const F e = at.e * keep, slope = at.down * (keep * sign);
+                less_one[lane] += e + less_one[lane] * e;
+                base[lane] += at.base;
+                won[i] -= slope;
+                lost[j] += slope;
+            }
+        }
+    }
+    products.flush();
+    double loss = products.sum;
+    for (const F x : base) loss += double(x);
+    for (int64_t i = 0; i < n; ++i) g.gradient[i] = double(won[i] + (lost[i] + lost[i + n]));
+    return loss;
+}
+
 double pair_rows(const RankArgs& args, const Group& group, int64_t begin, int64_t end, void* tile, double* gradient) {
     if (args.dtype == Dtype::kFloat64)
         return pair_rows_of<double>(group, begin, end, static_cast<double*>(tile), gradient);
@@ -340,6 +384,12 @@ double listwise_of(const RankArgs& a, const Group& g) {
     return loss;
 }
 
+template <class F>
+double pairs_of_group(const Group& g) {
+    if (g.present <= kCircle) return pair_circle_of<F>(g);
+    return pair_rows_of<F>(g, 0, g.present, static_cast<F*>(g.tile), g.gradient);
+}
+
 // A group's loss and its pairs; a group without pairs costs nothing.
 template <class T>
 void rank_groups_of(const RankArgs& a, int64_t begin, int64_t end, std::byte* scratch, LossSum* results) {
@@ -350,9 +400,7 @@ void rank_groups_of(const RankArgs& a, int64_t begin, int64_t end, std::byte* sc
         LossSum& result = results[index];
         result = {0, double(cpu::pairs_of(g))};
         if (result.count > 0)
-            result.loss = a.options.method == RankMethod::kPairwise
-                              ? pair_rows_of<F>(g, 0, g.present, static_cast<F*>(g.tile), g.gradient)
-                              : listwise_of<F>(a, g);
+            result.loss = a.options.method == RankMethod::kPairwise ? pairs_of_group<F>(g) : listwise_of<F>(a, g);
         close_group_of<T>(a, g, result);
     }
 }
