@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import itertools
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -664,3 +665,24 @@ def test_pairs_of_ranks_are_those_of_the_loss():
     torch.testing.assert_close(
         ranked_preference_loss(x, order), pairwise_preference_loss(x[0][winners], x[0][losers])
     )  # fmt: skip
+
+
+def test_the_readme_trains_a_reward_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Its example as it stands, on pairs that a byte tells apart."""
+    readme = Path(__file__).parent.parent / "README.md"
+    section = readme.read_text().partition("## Train a reward model")[2]
+    code = (
+        section.partition("```python\n")[2]
+        .partition("```")[0]
+        .replace("range(50)", "range(31)")
+        .replace("= 256, 256,", "= 32, 256,")
+    )
+    pairs = [{"chosen": f"{i} is good", "rejected": f"{i} is bad!"} for i in range(16)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    assert losses[-1] < 0.1 < 0.6 < losses[0]
