@@ -57,8 +57,10 @@ _RANK_TENSORS = "Tensor ranks, Tensor? group_offsets, Tensor? num_items"
 _RANK_OPTIONS = "str method, float scale, float margin, float label_smoothing, bool over_groups, str reduction"
 
 
-def _pair_loss(first: Tensor, second: Tensor | None, *arguments: Any) -> list[Tensor]:
-    tensors, options, (want_gradient, want_rewards, backend) = _split(arguments, PairTensors, PairOptions)
+def _run_pairs(
+    first: Tensor, second: Tensor | None, tensors: PairTensors, options: PairOptions, want_gradient: bool,
+    want_rewards: bool, backend: str,
+) -> list[Tensor]:  # fmt: skip
     results = engine(backend).pair_loss(
         first.contiguous(), None if second is None else second.contiguous(), _contiguous(tensors), options,
         want_gradient=want_gradient, want_rewards=want_rewards,
@@ -66,12 +68,23 @@ def _pair_loss(first: Tensor, second: Tensor | None, *arguments: Any) -> list[Te
     return [x for x in results if x is not None]
 
 
-def _ranked_loss(scores: Tensor, *arguments: Any) -> list[Tensor]:
-    tensors, options, (want_gradient, backend) = _split(arguments, RankTensors, RankOptions)
+def _run_groups(
+    scores: Tensor, tensors: RankTensors, options: RankOptions, want_gradient: bool, backend: str
+) -> list[Tensor]:
     results = engine(backend).ranked_loss(
         scores.contiguous(), _contiguous(tensors), options, want_gradient=want_gradient
     )
     return [x for x in results if x is not None]
+
+
+def _pair_loss(first: Tensor, second: Tensor | None, *arguments: Any) -> list[Tensor]:
+    tensors, options, wanted = _split(arguments, PairTensors, PairOptions)
+    return _run_pairs(first, second, tensors, options, *wanted)
+
+
+def _ranked_loss(scores: Tensor, *arguments: Any) -> list[Tensor]:
+    tensors, options, wanted = _split(arguments, RankTensors, RankOptions)
+    return _run_groups(scores, tensors, options, *wanted)
 
 
 def _split(arguments: tuple[Any, ...], tensors: Any, options: Any) -> tuple[Any, Any, tuple[Any, ...]]:
@@ -144,25 +157,31 @@ define(
 
 
 class Call(NamedTuple):
-    """A loss, ready to run on scores: ``arguments`` are those of the raw op between the scores and what is wanted."""
+    """A loss, ready to run on scores."""
 
-    name: str
-    arguments: tuple[Any, ...]
+    tensors: PairTensors | RankTensors
+    options: PairOptions | RankOptions
     size: int  # scores per group, for an upstream gradient per group
     want_rewards: bool
     backend: str
 
     def forward(self, scores: tuple[Tensor, ...], want_gradient: bool) -> list[Tensor]:
-        plain = _plain(*scores, *self.tensors())
-        if self.name == "ranked_loss":
-            ranked_loss = _ranked_loss if plain else torch.ops.pyalign.ranked_loss
-            return ranked_loss(*scores, *self.arguments, want_gradient, self.backend)
-        first, second = scores if len(scores) == 2 else (*scores, None)
-        pair_loss = _pair_loss if plain else torch.ops.pyalign.pair_loss
-        return pair_loss(first, second, *self.arguments, want_gradient, self.want_rewards, self.backend)
+        tensors, options, backend = self.tensors, self.options, self.backend
+        plain = _plain(*scores, *tensors)
+        if isinstance(tensors, RankTensors):
+            assert isinstance(options, RankOptions)
+            if plain:
+                return _run_groups(scores[0], tensors, options, want_gradient, backend)
+            return torch.ops.pyalign.ranked_loss(scores[0], *tensors, *options, want_gradient, backend)
+        assert isinstance(options, PairOptions)
+        first, second = scores if len(scores) == 2 else (scores[0], None)
+        if plain:
+            return _run_pairs(first, second, tensors, options, want_gradient, self.want_rewards, backend)
+        wanted = want_gradient, self.want_rewards, backend
+        return torch.ops.pyalign.pair_loss(first, second, *tensors, *options, *wanted)
 
     def group_offsets(self) -> Tensor | None:
-        return self.arguments[1] if self.name == "ranked_loss" else None
+        return self.tensors.group_offsets if isinstance(self.tensors, RankTensors) else None
 
     def gradients(
         self,
@@ -173,19 +192,21 @@ class Call(NamedTuple):
         scores: tuple[Tensor, ...],
     ) -> list[Tensor]:
         """d result / d scores, times ``upstream``: () or, for "none", one per item or group."""
+        groups = gradient.dim() == 1
         score_gradient = _score_gradient if _plain(gradient, upstream) else torch.ops.pyalign.score_gradient
         result = score_gradient(
-            gradient[None] if gradient.dim() == 1 else gradient, upstream, denominator, group_offsets, self.size,
-            scores[0].dtype, self.backend,
+            gradient[None] if groups else gradient, upstream, denominator, group_offsets, self.size, scores[0].dtype,
+            self.backend,
         )  # fmt: skip
-        return list(result.unbind()) if self.name == "pair_loss" else [result.view(scores[0].shape)]
+        return [result.view(scores[0].shape)] if groups else list(result.unbind())
 
-    def tensors(self) -> list[Tensor]:
-        return [x for x in self.arguments if isinstance(x, Tensor)]
+    def given(self) -> list[Tensor]:
+        return [x for x in self.tensors if x is not None]
 
-    def with_tensors(self, tensors: tuple[Tensor, ...]) -> Call:
-        kept = iter(tensors)
-        return self._replace(arguments=tuple(next(kept) if isinstance(x, Tensor) else x for x in self.arguments))
+    def with_tensors(self, given: tuple[Tensor, ...]) -> Call:
+        """This call with its tensors replaced by those that autograd passed on."""
+        kept = iter(given)
+        return self._replace(tensors=self.tensors._make([None if x is None else next(kept) for x in self.tensors]))
 
 
 def _first_order(gradients: list[Tensor], scores: tuple[Tensor, ...], upstream: Tensor) -> list[Any]:
@@ -231,7 +252,7 @@ class _ScoreLossTraced(torch.autograd.Function):
         ctx.sides, ctx.constants = sides, len(tensors) - sides
         scores, offsets = tensors[:sides], call.with_tensors(tuple(tensors[sides:])).group_offsets()
         ctx.packed = offsets is not None
-        ctx.call = call._replace(arguments=tuple(None if isinstance(x, Tensor) else x for x in call.arguments))
+        ctx.call = call._replace(tensors=PairTensors())  # backward has no use for them, and must not keep them alive
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*scores, output[2], output[1], *([offsets] if ctx.packed else []))
 
@@ -254,7 +275,7 @@ def loss(call: Call, *scores: Tensor) -> tuple[Tensor, Tensor | None]:
     if not needs_gradient:
         value, _, *rewards = call.forward(tuple(x.detach() if x.requires_grad else x for x in scores), False)
     elif torch.compiler.is_compiling() or functorch_is_active():
-        value, _, _, *rewards = _ScoreLossTraced.apply(call, len(scores), *scores, *call.tensors())
+        value, _, _, *rewards = _ScoreLossTraced.apply(call, len(scores), *scores, *call.given())
     else:
         results = _ScoreLoss.apply(call, *scores)
         value, *rewards = results if call.want_rewards else (results,)

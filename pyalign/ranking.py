@@ -132,7 +132,7 @@ def _run_pairs(
     if backend == "reference":
         loss, *rewards = _reference.pair_loss(scores[0], scores[1] if len(scores) == 2 else None, tensors, options)
         return loss, rewards[0], rewards[1]
-    call = _ops_ranking.Call("pair_loss", (*tensors, *options), 1, want_rewards, backend)
+    call = _ops_ranking.Call(tensors, options, 1, want_rewards, backend)
     loss, both = _ops_ranking.loss(call, *scores)
     if both is None:
         return loss, None, None
@@ -369,7 +369,7 @@ def ranked_preference_loss(
     if backend == "reference":
         return _reference.ranked_loss(scores, tensors, options)
     size = scores.shape[1] if group_offsets is None else 0
-    call = _ops_ranking.Call("ranked_loss", (*tensors, *options), size, False, backend)
+    call = _ops_ranking.Call(tensors, options, size, False, backend)
     return _ops_ranking.loss(call, scores)[0]
 
 

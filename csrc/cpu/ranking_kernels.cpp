@@ -38,20 +38,17 @@ LossSum pairs_of_form(const PairArgs& a, int64_t begin, int64_t end, Form form) 
     F* const second_gradient = first_gradient && a.second ? first_gradient + a.count : nullptr;
     const F* const weight = static_cast<const F*>(a.weight);
     LossSum sum;
+    alignas(64) F first[kItems], second[kItems], margin[kItems], factor[kItems];
+    alignas(64) F loss[kItems], by_first[kItems], by_second[kItems];
+    for (int64_t i = 0; i < kItems; ++i) margin[i] = F(a.options.margin), factor[i] = F(1);
 
     for (int64_t start = begin; start < end; start += kItems) {
         const int64_t count = minimum(kItems, end - start);
-        alignas(64) F first[kItems], second[kItems], margin[kItems], factor[kItems];
-        alignas(64) F loss[kItems], by_first[kItems], by_second[kItems];
 
         // Load
         load_items<T>(a.first, a.first_reference, start, count, first);
         if (a.second) load_items<T>(a.second, a.second_reference, start, count, second);
-        for (int64_t i = 0; i < kItems; ++i) {
-            if (!a.second) second[i] = i < count && a.labels[start + i] ? F(1) : F(0);
-            margin[i] = F(a.options.margin);
-            factor[i] = F(1);
-        }
+        for (int64_t i = 0; !a.second && i < kItems; ++i) second[i] = i < count && a.labels[start + i] ? F(1) : F(0);
         for (int64_t i = 0; a.margin && i < count; ++i)
             margin[i] = static_cast<const F*>(a.margin)[(start + i) * a.margin_stride];
         for (int64_t i = 0; weight && i < count; ++i) factor[i] = weight[start + i];
