@@ -435,6 +435,7 @@ def rank_kernel(
         value = tl.where(pairs > 0, value, 0.0)
     if offsets is not None:
         value = tl.where(valid, value, float("nan"))
+        pairs = tl.where(valid, pairs, float("nan"))
     tl.store(group_loss + group, value)
     tl.store(group_loss + groups + group, pairs)
     if REDUCTION == "none":
@@ -451,17 +452,18 @@ def rank_kernel(
             one = tl.load(group_loss + index, mask=inside, other=0.0, cache_modifier=".cg")
             of = tl.load(group_loss + groups + index, mask=inside, other=0.0, cache_modifier=".cg")
             total += one.to(tl.float64)
-            counted += (tl.where(of > 0, 1.0, 0.0) if OVER_GROUPS else of).to(tl.float64)
+            counted += (tl.where(of > 0, 1.0, of) if OVER_GROUPS else of).to(tl.float64)  # 0 and NaN stay
+        number = tl.sum(counted, 0).to(tl.float32)
         over = 1.0
         if REDUCTION == "mean":
-            over = tl.sum(counted, 0).to(tl.float32)
+            over = number
             if num_items is not None:
                 over = tl.load(num_items)
         result = tl.where(over == 0, 0.0, tl.sum(total, 0) / over).to(tl.float32)
         if offsets is not None:  # NaN, and NaN gradients, unless the groups are a cut of all the scores
             whole = (tl.load(offsets) == 0) & (tl.load(offsets + groups) == count)
-            whole = whole & (result == result)
-            over = tl.where(whole, over, over * float("nan"))
+            whole = whole & (number == number)
+            over = tl.where(whole, over, float("nan"))
             result = tl.where(whole, result, float("nan"))
         tl.store(denominator, over)
         if REDUCTION != "none":

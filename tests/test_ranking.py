@@ -252,6 +252,30 @@ def test_other_gradients_by_finite_differences(engine: Engine):
             )
 
 
+# ---- Accuracy beside torch's ----
+
+
+@quick_engine
+@every_method
+@pytest.mark.parametrize("shape", [(64, 16), (8, 64), (3, 300), (1, 1000)], ids=name_of)
+def test_errors_are_no_larger_than_torchs_in_float32(engine: Engine, method: str, shape: tuple[int, int]):
+    """Relative to the loss and to the largest gradient, and up to two roundings."""
+    x, order = scores(*shape, scale=4.0), ranks(*shape, most=shape[1] // 2)
+    exact = truth(ranked_preference_loss, x, constants=(order,), **METHODS[method])
+    with pyalign.backend("reference"):
+        theirs = evaluate(ranked_preference_loss, x, constants=(order,), **METHODS[method])
+    with engine():
+        ours = evaluate(ranked_preference_loss, on(engine, x), constants=(on(engine, order),), **METHODS[method])
+
+    def errors(outcome: Outcome) -> tuple[float, float]:
+        loss, (gradient,) = outcome.loss.cpu().double(), outcome.gradients
+        worst = (gradient.cpu().double() - exact.gradients[0]).abs().max() / exact.gradients[0].abs().max()
+        return float((loss - exact.loss).abs() / exact.loss), float(worst)
+
+    for mine, torchs in zip(errors(ours), errors(theirs), strict=True):
+        assert mine <= torchs + 2.0**-23
+
+
 # ---- Groups ----
 
 
@@ -499,6 +523,37 @@ def test_infinite_and_missing_numbers(engine: Engine):
             assert groups.gradients[0].isnan().any(1).cpu().tolist()[::3] == [False, False]
             if not options.get("label_smoothing"):
                 assert bad[2] is False  # what is last may be impossible
+
+
+@every_engine
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_group_that_is_nan_leaves_the_gradients_of_the_others(engine: Engine, reduction: str):
+    x, order = scores(40), ranks(40)
+    spoiled = x.clone()
+    spoiled[5] = math.nan
+    order[4:11] = torch.arange(7)
+    for options in METHODS.values():
+        with engine():
+            clean, ours = (
+                evaluate(
+                    ranked_preference_loss, on(engine, y), constants=(on(engine, order), on(engine, PACKED)),
+                    reduction=reduction, **options,
+                ).gradients[0].cpu()
+                for y in (x, spoiled)
+            )  # fmt: skip
+        torch.testing.assert_close(ours[:4], clean[:4])
+        torch.testing.assert_close(ours[11:], clean[11:])
+
+
+@over(tuple(engine for engine in ENGINES if engine.name in ("triton", "cuda")))
+@pytest.mark.parametrize("offsets", [[1, 4], [0, 3, 2, 4], [0, 2], [0, 6], [0, 6, 4], [-1, 4]])
+def test_on_a_gpu_offsets_that_do_not_cut_the_scores_give_nan(engine: Engine, offsets: list[int]):
+    constants = on(engine, torch.arange(4)), on(engine, torch.tensor(offsets))
+    with engine():
+        for options in METHODS.values():
+            ours = evaluate(ranked_preference_loss, on(engine, scores(4)), constants=constants, **options)
+            assert bool(ours.loss.isnan())
+            assert bool(ours.gradients[0].isnan().all())
 
 
 @quick_engine

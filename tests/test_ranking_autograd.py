@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from distill_support import KERNELS, Engine, every_kernel, name_of, over, quick_engine
+from distill_support import KERNELS, ON_GPU, Engine, every_kernel, name_of, over, quick_engine
 from ranking_support import METHODS, Outcome, assert_close, evaluate, ranks, scores, truth
 from torch import Tensor
 
@@ -401,3 +401,34 @@ def test_offsets_that_do_not_cut_the_scores_raise(name: str, offsets: list[int],
 def test_a_forced_gpu_backend_refuses_float64(name: str):
     with pyalign.backend(name), pytest.raises(RuntimeError, match=f"backend '{name}', .*can't serve"):
         pairwise_preference_loss(A.double(), B.double())
+
+
+# ---- Memory, graphs ----
+
+
+def test_one_group_takes_memory_in_proportion_to_its_size():
+    """16,384 scores make a matrix of 1 GB; the kernel keeps some hundred bytes per score."""
+    import resource
+
+    x, order = scores(1, 16384), torch.randperm(16384)[None]
+    evaluate(ranked_preference_loss, x[:, :1024], constants=(order[:, :1024],))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    evaluate(ranked_preference_loss, x, constants=(order,))
+    evaluate(ranked_preference_loss, x, constants=(order,), method="plackett_luce")
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # kilobytes; bytes on macOS
+    assert grown < 32 * 1024
+
+
+@over(ON_GPU)
+def test_a_cuda_graph_holds_the_loss_and_its_gradients(engine: Engine):
+    """Nothing waits for the host, and the kernels find their workspaces as they left them, replay after replay."""
+    with engine():
+        for function, tensors in cases(engine.device):
+            leaves = [x.clone().requires_grad_() for x in tensors]
+            expected = torch.autograd.grad(function(*leaves).sum(), leaves)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                gradients = torch.autograd.grad(function(*leaves).sum(), leaves)
+            for _ in range(3):
+                graph.replay()
+                assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))

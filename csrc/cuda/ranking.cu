@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kGroupThreads) rank_groups(const RankArgs a) {
         }
         if (threadIdx.x == 0) {
             losses[index] = valid ? float(loss) : NAN;
-            pairs[index] = float(count);
+            pairs[index] = valid ? float(count) : NAN;
             if (a.reduction == Reduction::kNone) static_cast<float*>(a.loss)[index] = losses[index];
         }
     }
@@ -257,16 +257,17 @@ __global__ void __launch_bounds__(kGroupThreads) rank_groups(const RankArgs a) {
     for (int64_t i = threadIdx.x; i < a.groups; i += blockDim.x) {
         loss += __ldcg(losses + i);
         const float of = __ldcg(pairs + i);
-        counted += a.options.over_groups ? (of > 0.f ? 1.f : 0.f) : of;
+        counted += a.options.over_groups && of > 0.f ? 1.f : of;  // 0 and NaN stay
     }
     loss = block_sum(loss, sums);
     counted = block_sum(counted, sums);
     if (threadIdx.x != 0) return;
     *a.ticket = 0;
-    if (a.offsets && (a.offsets[0] != 0 || a.offsets[a.groups] != a.count)) loss = NAN;
     write_result(static_cast<float*>(a.loss), static_cast<float*>(a.denominator), a.reduction,
                  static_cast<const float*>(a.num_items), loss, counted);
-    if (a.offsets && loss != loss) *static_cast<float*>(a.denominator) = NAN;  // and with it every gradient
+    if (!a.offsets || (a.offsets[0] == 0 && a.offsets[a.groups] == a.count && counted == counted)) return;
+    *static_cast<float*>(a.denominator) = NAN;  // and with it every gradient
+    if (a.reduction != Reduction::kNone) *static_cast<float*>(a.loss) = NAN;
 }
 
 // ---- Backward ----
