@@ -300,6 +300,25 @@ def test_modules_are_their_functions():
     assert "gamma=1.0" in repr(nn.SimPOLoss(gamma=1.0))
 
 
+def test_every_option_of_the_functions_is_one_of_the_modules_or_of_their_call():
+    import inspect
+
+    given = {"mask", "weight", "num_items", "chosen_nll", "nll_weight", "chosen_lengths", "rejected_lengths"}
+    modules = {
+        pairwise_preference_loss: (nn.PairwisePreferenceLoss, {"margin"}),  # (P,)
+        ranked_preference_loss: (nn.RankedPreferenceLoss, set[str]()),
+        binary_discrimination_loss: (nn.BinaryDiscriminationLoss, set[str]()),
+        dpo_loss: (nn.DPOLoss, set[str]()),
+        cpo_loss: (nn.CPOLoss, set[str]()),
+        simpo_loss: (nn.SimPOLoss, set[str]()),
+        orpo_loss: (nn.ORPOLoss, set[str]()),
+        kto_loss: (nn.KTOLoss, set[str]()),
+    }
+    for function, (module, also_given) in modules.items():
+        options = {x.name for x in inspect.signature(function).parameters.values() if x.kind is x.KEYWORD_ONLY}
+        assert options - given - also_given == set(inspect.signature(module).parameters)
+
+
 # ---- Bad arguments ----
 
 
