@@ -126,7 +126,9 @@ def tokens(
 
 def number(name: str, value: object, wanted: str, accept: Callable[[float], bool]) -> float:
     """``value`` as a float, if it is a finite number that ``accept`` takes."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not accept(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        refuse(name, repr(value), wanted)
+    if not (-math.inf < value < math.inf and accept(value)):  # a comparison, which torch.compile traces
         refuse(name, repr(value), wanted)
     return float(value)
 

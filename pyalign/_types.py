@@ -115,16 +115,44 @@ class PairTensors(NamedTuple):
 class PairOptions(NamedTuple):
     """Options of a loss over items; which of them a form reads is in csrc/common/ranking.h."""
 
-    form: str = "logistic"
-    scale: float = 1.0
-    margin: float = 0.0
-    label_smoothing: float = 0.0
-    center: float = 0.0
-    tau: float = 1.0
-    delta: float = 0.0
-    positive_weight: float = 1.0
-    negative_weight: float = 1.0
-    reduction: str = "mean"
+    form: str
+    scale: float
+    margin: float
+    label_smoothing: float
+    center: float
+    tau: float
+    delta: float
+    positive_weight: float
+    negative_weight: float
+    reduction: str
+
+
+def pair_options(
+    form: str = "logistic",
+    reduction: str = "mean",
+    scale: float | None = None,
+    margin: float | None = None,
+    label_smoothing: float | None = None,
+    center: float | None = None,
+    tau: float | None = None,
+    delta: float | None = None,
+    positive_weight: float | None = None,
+    negative_weight: float | None = None,
+) -> PairOptions:
+    """Options with constants for what is not given. torch.compile(dynamic=True) takes floats that are default values of
+    a class for symbols, and fails where two losses share them."""
+    return PairOptions(
+        form,
+        1.0 if scale is None else scale,
+        0.0 if margin is None else margin,
+        0.0 if label_smoothing is None else label_smoothing,
+        0.0 if center is None else center,
+        1.0 if tau is None else tau,
+        0.0 if delta is None else delta,
+        1.0 if positive_weight is None else positive_weight,
+        1.0 if negative_weight is None else negative_weight,
+        reduction,
+    )
 
 
 class RankTensors(NamedTuple):

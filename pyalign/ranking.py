@@ -16,7 +16,15 @@ from torch import Tensor
 
 from pyalign import _checks, _ops_ranking
 from pyalign._backends import choose_name
-from pyalign._types import REDUCTIONS, PairOptions, PairTensors, RankOptions, RankTensors, accumulation_dtype
+from pyalign._types import (
+    REDUCTIONS,
+    PairOptions,
+    PairTensors,
+    RankOptions,
+    RankTensors,
+    accumulation_dtype,
+    pair_options,
+)
 from pyalign.reference import ranking as _reference
 
 __all__ = [
@@ -215,7 +223,7 @@ def pairwise_preference_loss(
         num_items=_checks.denominator(num_items, reduction, dtype, chosen),
     )
     center = _checks.number("center_coefficient", center_coefficient, "a finite number >= 0", lambda x: x >= 0)
-    options = PairOptions(
+    options = pair_options(
         form=loss_type,
         scale=_checks.positive("scale", scale),
         margin=fixed,
@@ -269,7 +277,7 @@ def binary_discrimination_loss(
         mask=_checks.item_mask("mask", mask, scores),
         num_items=_checks.denominator(num_items, reduction, dtype, scores),
     )
-    return _run_pairs(scores, None, tensors, PairOptions(form="binary", reduction=reduction), False)[0]
+    return _run_pairs(scores, None, tensors, pair_options(form="binary", reduction=reduction), False)[0]
 
 
 # ---- Groups of scores ----
@@ -477,7 +485,7 @@ def dpo_loss(
         _checks.scores("reference_rejected", reference_rejected, policy_chosen)
     _unless_default("discopop_tau", discopop_tau, 0.05, "discopop", loss_type)
     _unless_default("bco_delta", bco_delta, 0.0, "bco_pair", loss_type)
-    options = PairOptions(
+    options = pair_options(
         form=DPO_LOSSES[loss_type],
         scale=_checks.positive("beta", beta),
         label_smoothing=_smoothing(label_smoothing, loss_type),
@@ -523,7 +531,7 @@ def cpo_loss(
     """
     _check_sides(policy_chosen, policy_rejected)
     _checks.one_of("loss_type", loss_type, ("sigmoid", "hinge", "ipo"))
-    options = PairOptions(
+    options = pair_options(
         form=DPO_LOSSES[loss_type],
         scale=_checks.positive("beta", beta),
         label_smoothing=_smoothing(label_smoothing, loss_type),
@@ -572,7 +580,7 @@ def simpo_loss(
     """
     _check_sides(policy_chosen, policy_rejected)
     _checks.one_of("loss_type", loss_type, ("sigmoid", "hinge"))
-    options = PairOptions(
+    options = pair_options(
         form=DPO_LOSSES[loss_type],
         scale=_checks.positive("beta", beta),
         margin=_checks.finite("gamma", gamma),
@@ -616,7 +624,7 @@ def orpo_loss(
         ValueError, TypeError, RuntimeError: as :func:`dpo_loss`.
     """
     _check_sides(policy_chosen, policy_rejected)
-    options = PairOptions(form="odds_ratio", scale=_checks.positive("lambda_", lambda_), reduction=reduction)
+    options = pair_options(form="odds_ratio", scale=_checks.positive("lambda_", lambda_), reduction=reduction)
     first = _average("chosen_lengths", policy_chosen, chosen_lengths)
     second = _average("rejected_lengths", policy_rejected, rejected_lengths)
     weight = _nll_weight(nll_weight, chosen_nll)
@@ -679,7 +687,7 @@ def kto_loss(
         mask=_checks.item_mask("mask", mask, policy_logps),
         num_items=_checks.denominator(num_items, reduction, dtype, policy_logps),
     )
-    options = PairOptions(
+    options = pair_options(
         form="kto",
         scale=_checks.positive("beta", beta),
         margin=0.0 if isinstance(kl, Tensor) else _checks.finite("kl", kl),

@@ -203,8 +203,28 @@ def test_compiles_without_a_graph_break(engine: Engine):
 @pytest.mark.usefixtures("unpoisoned")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @quick_kernel
+def test_batches_of_any_size_compile(engine: Engine):
+    """``dynamic=True``, with several losses in one graph."""
+
+    def step(a: Tensor, b: Tensor, labels: Tensor) -> Tensor:
+        return pairwise_preference_loss(a, b) + dpo_loss(a, b).loss + binary_discrimination_loss(a, labels)
+
+    function = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    with engine():
+        for count in (40, 50, 33):
+            a, b = (scores(count, seed=i).to(engine.device).requires_grad_() for i in (1, 2))
+            labels = torch.arange(count, device=engine.device) % 2
+            ours = torch.autograd.grad(function(a, b, labels), (a, b))
+            expected = torch.autograd.grad(step(a, b, labels), (a, b))
+            for one, two in zip(ours, expected, strict=True):
+                torch.testing.assert_close(one, two)
+
+
+@pytest.mark.usefixtures("unpoisoned")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@quick_kernel
 def test_ops_are_what_torch_expects_of_them(engine: Engine):
-    from pyalign._types import PairOptions, PairTensors, RankOptions, RankTensors
+    from pyalign._types import PairTensors, RankOptions, RankTensors, pair_options
 
     a, b, order = scores(40).to(engine.device), scores(40, seed=1).to(engine.device), ranks(5, 8).to(engine.device)
     labels = torch.ones(40, dtype=torch.bool, device=engine.device)
@@ -212,7 +232,7 @@ def test_ops_are_what_torch_expects_of_them(engine: Engine):
     ops, tests = torch.ops.pyalign, ("test_schema", "test_faketensor")
     name = engine.name
     for reduction in ("mean", "none"):
-        options = PairOptions(reduction=reduction)
+        options = pair_options(reduction=reduction)
         torch.library.opcheck(
             ops.pair_loss, (a, b, *PairTensors(margin=b), *options, True, True, name), test_utils=tests
         )

@@ -28,11 +28,11 @@ from pyalign._types import (
     RANK_METHODS,
     TAILS,
     Options,
-    PairOptions,
     PairTensors,
     RankOptions,
     RankTensors,
     Tokens,
+    pair_options,
 )
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
@@ -124,7 +124,7 @@ def pair_loss(form: str, dtype: str, full: bool = False) -> None:
 
     x, number = torch.zeros(4096, dtype=DTYPES[dtype]), torch.zeros(4096)
     mask = torch.ones(4096, dtype=torch.bool)
-    options = PairOptions(form=form, label_smoothing=0.1)
+    options = pair_options(form=form, label_smoothing=0.1)
     second = x if form not in ("binary", "kto") else None
     tensors = PairTensors(labels=mask if second is None else None)
     if full:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyalign._types import PairOptions, PairTensors, RankOptions, RankTensors, accumulation_dtype
+from pyalign._types import PairOptions, PairTensors, RankOptions, RankTensors, accumulation_dtype, pair_options
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ def ranked_loss(scores: Tensor, tensors: RankTensors, options: RankOptions) -> T
     if options.method == "pairwise":
         steps = (ranks[:, None, :] - ranks[:, :, None]).to(dtype)
         gaps = x[:, :, None] - x[:, None, :] - options.margin * steps
-        form = PairOptions(label_smoothing=options.label_smoothing)
+        form = pair_options(label_smoothing=options.label_smoothing)
         losses = margin_form(torch.where(wins, gaps, 0.0), form)
         assert losses is not None
         losses = torch.where(wins, losses, 0.0).sum((1, 2))
