@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -107,7 +108,102 @@ void register_distill(py::module_& m, Distill distill, TopKDistill topk_distill,
     });
 }
 
+// ---- Ranking ----
+
+// (loss, scale, margin, label_smoothing, center, tau, delta, positive_weight, negative_weight)
+PairOptions pair_options(const py::tuple& t) {
+    const double smoothing = t[3].cast<double>();
+    return {static_cast<PairLoss>(t[0].cast<int>()),
+            t[1].cast<double>(),
+            t[2].cast<double>(),
+            smoothing,
+            t[4].cast<double>(),
+            t[5].cast<double>(),
+            t[6].cast<double>(),
+            t[7].cast<double>(),
+            t[8].cast<double>(),
+            std::log1p(-smoothing),
+            std::log(smoothing)};
+}
+
+// (count, dtype, first, second, first_reference, second_reference, margin, margin_stride, labels, weight, mask,
+//  reduction, num_items), options, (loss, denominator, gradient, first_reward, second_reward)
+PairArgs pair_args(const py::tuple& t, const py::tuple& option, const py::tuple& out) {
+    return {t[0].cast<int64_t>(),          static_cast<Dtype>(t[1].cast<int>()),
+            pointer<const void>(t[2]),     pointer<const void>(t[3]),
+            pointer<const void>(t[4]),     pointer<const void>(t[5]),
+            pointer<const void>(t[6]),     t[7].cast<int64_t>(),
+            pointer<const uint8_t>(t[8]),  pointer<const void>(t[9]),
+            pointer<const uint8_t>(t[10]), static_cast<Reduction>(t[11].cast<int>()),
+            pointer<const void>(t[12]),    pair_options(option),
+            pointer<void>(out[0]),         pointer<void>(out[1]),
+            pointer<void>(out[2]),         pointer<void>(out[3]),
+            pointer<void>(out[4])};
+}
+
+// (groups, size, count, dtype, scores, ranks, offsets, reduction, num_items),
+// (method, scale, margin, label_smoothing, over_groups), (loss, denominator, gradient, group_loss,
+// stages, ticket)
+RankArgs rank_args(const py::tuple& t, const py::tuple& o, const py::tuple& out) {
+    return {t[0].cast<int64_t>(),
+            t[1].cast<int64_t>(),
+            t[2].cast<int64_t>(),
+            static_cast<Dtype>(t[3].cast<int>()),
+            pointer<const void>(t[4]),
+            pointer<const int64_t>(t[5]),
+            pointer<const int64_t>(t[6]),
+            static_cast<Reduction>(t[7].cast<int>()),
+            pointer<const void>(t[8]),
+            {static_cast<RankMethod>(o[0].cast<int>()), o[1].cast<double>(), o[2].cast<double>(), o[3].cast<double>(),
+             o[4].cast<bool>()},
+            pointer<void>(out[0]),
+            pointer<void>(out[1]),
+            pointer<void>(out[2]),
+            pointer<void>(out[3]),
+            pointer<void>(out[4]),
+            pointer<int32_t>(out[5])};
+}
+
+// (rows, count, groups, size, dtype, gradient, upstream, per_group, offsets, denominator, result)
+ScoreGradientArgs score_gradient_args(const py::tuple& t) {
+    return {t[0].cast<int64_t>(),
+            t[1].cast<int64_t>(),
+            t[2].cast<int64_t>(),
+            t[3].cast<int64_t>(),
+            static_cast<Dtype>(t[4].cast<int>()),
+            pointer<const void>(t[5]),
+            pointer<const void>(t[6]),
+            t[7].cast<bool>(),
+            pointer<const int64_t>(t[8]),
+            pointer<const void>(t[9]),
+            pointer<void>(t[10])};
+}
+
+template <class Execution, class PairLossFunction, class RankedLoss, class ScoreGradient>
+void register_ranking(py::module_& m, PairLossFunction pair_loss, RankedLoss ranked_loss,
+                      ScoreGradient score_gradient) {
+    const auto execution = [](uintptr_t x) { return (Execution)x; };
+    m.def("pair_loss", [=](const py::tuple& in, const py::tuple& option, const py::tuple& out, uintptr_t on) {
+        const PairArgs args = pair_args(in, option, out);
+        py::gil_scoped_release release;
+        pair_loss(args, execution(on));
+    });
+    m.def("ranked_loss", [=](const py::tuple& in, const py::tuple& option, const py::tuple& out, uintptr_t on) {
+        const RankArgs args = rank_args(in, option, out);
+        py::gil_scoped_release release;
+        ranked_loss(args, execution(on));
+    });
+    m.def("score_gradient", [=](const py::tuple& in, uintptr_t on) {
+        const ScoreGradientArgs args = score_gradient_args(in);
+        py::gil_scoped_release release;
+        score_gradient(args, execution(on));
+    });
+}
+
+// ---- Modules ----
+
 void register_cpu(py::module_ m) {
+    register_ranking<int>(m, cpu::pair_loss, cpu::ranked_loss, cpu::score_gradient);
     register_distill<int>(m, cpu::distill, cpu::topk_distill, cpu::topk, cpu::scale);
     m.def("isa", cpu::isa);
     m.def("isas", cpu::isas);
@@ -115,6 +211,7 @@ void register_cpu(py::module_ m) {
 
 #if defined(PYALIGN_WITH_CUDA)
 void register_cuda(py::module_ m) {
+    register_ranking<cudaStream_t>(m, cuda::pair_loss, cuda::ranked_loss, cuda::score_gradient);
     register_distill<cudaStream_t>(m, cuda::distill, cuda::topk_distill, cuda::topk, cuda::scale);
     m.def("explain_distill", [](int64_t vocab, int dtype, int device) {
         return cuda::explain_distill(vocab, static_cast<Dtype>(dtype), device);

@@ -4,18 +4,39 @@ Fused ranked-preference losses, logit-level KL distillation and batched pairwise
 kernels, after Askell et al. 2021, *A General Language Assistant as a Laboratory for Alignment* (arXiv 2112.00861).
 """
 
-from pyalign import distill, nn
+from pyalign import distill, nn, ranking
 from pyalign._backends import backend
 from pyalign._version import __version__
 from pyalign.distill import TopKLogprobs, distillation_loss, topk_distillation_loss, topk_logprobs
+from pyalign.ranking import (
+    PreferenceOutput,
+    binary_discrimination_loss,
+    cpo_loss,
+    dpo_loss,
+    kto_loss,
+    orpo_loss,
+    pairwise_preference_loss,
+    ranked_preference_loss,
+    simpo_loss,
+)
 
 __all__ = [
+    "PreferenceOutput",
     "TopKLogprobs",
     "__version__",
     "backend",
+    "binary_discrimination_loss",
+    "cpo_loss",
     "distill",
     "distillation_loss",
+    "dpo_loss",
+    "kto_loss",
     "nn",
+    "orpo_loss",
+    "pairwise_preference_loss",
+    "ranked_preference_loss",
+    "ranking",
+    "simpo_loss",
     "topk_distillation_loss",
     "topk_logprobs",
 ]

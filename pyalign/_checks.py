@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NoReturn
 
 import torch
@@ -63,6 +64,22 @@ def temperature(name: str, value: float) -> float:
     return float(value)
 
 
+def denominator(num_items: int | Tensor | None, reduction: str, dtype: torch.dtype, like: Tensor) -> Tensor | None:
+    """``num_items`` as a 0-dim tensor that the host never reads."""
+    if num_items is None:
+        return None
+    if reduction != "mean":
+        refuse("num_items", num_items, f"None with reduction {reduction!r}: it replaces the mean's denominator")
+    if isinstance(num_items, Tensor):
+        if num_items.dim() != 0:
+            refuse("num_items", f"shape {tuple(num_items.shape)}", "an int or a 0-dim tensor")
+        same_device("num_items", num_items, like)
+        return num_items.detach().to(dtype)
+    if not isinstance(num_items, int) or num_items < 0:
+        refuse("num_items", repr(num_items), "an int >= 0 or a 0-dim tensor")
+    return torch.full((), num_items, dtype=dtype, device=like.device)
+
+
 def tokens(
     student: Tensor,
     *,
@@ -105,16 +122,77 @@ def tokens(
         targets = integers("targets", targets, shape, student)
     else:
         targets = None
-    if num_items is not None:
-        if reduction != "mean":
-            refuse("num_items", num_items, f"None with reduction {reduction!r}: it replaces the mean's denominator")
-        if isinstance(num_items, Tensor):
-            if num_items.dim() != 0:
-                refuse("num_items", f"shape {tuple(num_items.shape)}", "an int or a 0-dim tensor")
-            same_device("num_items", num_items, student)
-            num_items = num_items.detach().to(dtype)
-        elif not isinstance(num_items, int) or num_items < 0:
-            refuse("num_items", repr(num_items), "an int >= 0 or a 0-dim tensor")
-        else:
-            num_items = torch.full((), num_items, dtype=dtype, device=student.device)
+    num_items = denominator(num_items, reduction, dtype, student)
     return Tokens(mask, labels, teacher_rows, weight, targets, num_items, None, ignore_index, reduction)
+
+
+# Preference losses: scores, and what there is one of per pair
+
+
+def number(name: str, value: object, wanted: str, accept: Callable[[float], bool]) -> float:
+    """``value`` as a float, if it is a finite number that ``accept`` takes."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        refuse(name, repr(value), wanted)
+    if not (-math.inf < value < math.inf and accept(value)):  # a comparison, which torch.compile traces
+        refuse(name, repr(value), wanted)
+    return float(value)
+
+
+def positive(name: str, value: object) -> float:
+    return number(name, value, "a finite number > 0", lambda x: x > 0)
+
+
+def finite(name: str, value: object) -> float:
+    return number(name, value, "a finite number", lambda x: True)
+
+
+def scores(name: str, x: Tensor, like: Tensor | None = None) -> None:
+    """``x`` holds one score per item, (P,), as many as ``like``."""
+    floating(name, x, 0)
+    if like is None:
+        if x.dim() != 1:
+            refuse(name, f"shape {tuple(x.shape)}", "one score per item, (P,)")
+        return
+    per_item(name, x, like)
+
+
+def per_item(name: str, x: Tensor, like: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        refuse(name, type(x).__name__, "a tensor", TypeError)
+    if x.shape != like.shape:
+        refuse(name, f"shape {tuple(x.shape)}", f"{tuple(like.shape)}, one per item (nothing is broadcast)")
+    if x.device != like.device:
+        refuse(name, f"a tensor on {x.device}", f"one on {like.device}, where the scores are")
+
+
+def item_mask(name: str, mask: Tensor | None, like: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    per_item(name, mask, like)
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.dtype not in _INTEGERS:
+        refuse(name, mask.dtype, "bool or an integer dtype", TypeError)
+    return mask != 0
+
+
+def constant(name: str, x: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """One number per item that the loss has no gradient for."""
+    per_item(name, x, like)
+    if not x.is_floating_point():
+        refuse(name, x.dtype, "a floating dtype", TypeError)
+    if x.requires_grad and torch.is_grad_enabled():
+        refuse(name, "a tensor that requires grad", f"a constant: losses have no gradient for {name}")
+    return x.detach().to(dtype)
+
+
+def group_integers(name: str, x: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    if not isinstance(x, Tensor):
+        refuse(name, type(x).__name__, "a tensor", TypeError)
+    if tuple(x.shape) != shape:
+        refuse(name, f"shape {tuple(x.shape)}", f"{shape} (nothing is broadcast)")
+    if x.dtype not in _INTEGERS:
+        refuse(name, x.dtype, "an integer dtype", TypeError)
+    if x.device != like.device:
+        refuse(name, f"a tensor on {x.device}", f"one on {like.device}, where the scores are")
+    return x.to(torch.int64)

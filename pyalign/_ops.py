@@ -20,7 +20,15 @@ from torch.autograd.graph import increment_version
 from pyalign._backends import choose, engine
 from pyalign._types import Options, Results, Tokens, accumulation_dtype, rows
 
-OPS = ("distillation_loss", "topk_distillation_loss", "topk_logprobs")
+OPS = (
+    "distillation_loss",
+    "topk_distillation_loss",
+    "topk_logprobs",
+    "pairwise_preference_loss",
+    "ranked_preference_loss",
+    "binary_discrimination_loss",
+    "dpo_loss",
+)
 
 _library = torch.library.Library("pyalign", "DEF")
 _DEVICES = ("CPU", "CUDA", "XPU")
@@ -90,7 +98,7 @@ class RawLoss(NamedTuple):
         return self.fake(student, *head, True, False, want_metrics, backend)
 
 
-def _define(signature: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def define(signature: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
     name = signature.partition("(")[0]
     _library.define(signature)
     for device in _DEVICES:
@@ -101,13 +109,13 @@ def _define(signature: str, implementation: Callable[..., Any], fake: Callable[.
 def _define_loss(name: str, teacher: str) -> RawLoss:
     raw = RawLoss(name, teacher.count(",") + 1)
     inputs = f"{teacher}, {_TOKENS}, {_OPTIONS}"
-    _define(
+    define(
         f"{name}(Tensor student, {inputs}, bool want_loss, bool want_gradient, bool want_metrics, str backend)"
         " -> Tensor[]",
         raw.functional,
         raw.fake,
     )
-    _define(
+    define(
         f"{name}_(Tensor(a!) student, {inputs}, bool want_metrics, str backend) -> Tensor[]",
         raw.in_place,
         raw.fake_in_place,
@@ -140,8 +148,8 @@ def _scale_fake(x: Tensor, factor: Tensor, backend: str) -> None:
     pass
 
 
-_define("topk(Tensor logits, int k, float temperature, str backend) -> (Tensor, Tensor, Tensor)", _topk, _topk_fake)
-_define("scale_(Tensor(a!) x, Tensor factor, str backend) -> ()", _scale, _scale_fake)
+define("topk(Tensor logits, int k, float temperature, str backend) -> (Tensor, Tensor, Tensor)", _topk, _topk_fake)
+define("scale_(Tensor(a!) x, Tensor factor, str backend) -> ()", _scale, _scale_fake)
 
 
 class Call(NamedTuple):
@@ -181,7 +189,7 @@ class Call(NamedTuple):
         return self._replace(arguments=tuple(next(kept) if isinstance(x, Tensor) else x for x in self.arguments))
 
 
-class _FirstOrderOnly(torch.autograd.Function):
+class FirstOrderOnly(torch.autograd.Function):
     """The identity on a gradient whose own derivative raises, instead of silently leaving a term out."""
 
     @staticmethod
@@ -244,7 +252,7 @@ class _Loss(torch.autograd.Function):
             gradient = call.with_tensors(tuple(tensors)).gradient(student, upstream)
         if torch.is_grad_enabled():
             student = gradient if ctx.in_place else ctx.saved_tensors[0]
-            gradient = _FirstOrderOnly.apply(gradient, student, upstream)
+            gradient = FirstOrderOnly.apply(gradient, student, upstream)
         return gradient, None, None
 
 
@@ -276,22 +284,27 @@ class _LossTraced(torch.autograd.Function):
             for place, tensor in zip(ctx.places, tensors, strict=True):
                 arguments[place] = tensor
             gradient = call._replace(arguments=tuple(arguments)).gradient(student, upstream)
-        return (_FirstOrderOnly.apply(gradient, student, upstream), None, *(None for _ in tensors))
+        return (FirstOrderOnly.apply(gradient, student, upstream), None, *(None for _ in tensors))
 
 
-def _functorch_is_active() -> bool:
+def functorch_is_active() -> bool:
     return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]  # torch offers no other way
+
+
+def refuse_forward_mode(x: Tensor) -> None:
+    """Raises for a tensor with a tangent: the kernels would drop it."""
+    level: int = forward_ad._current_level  # pyright: ignore[reportPrivateUsage]
+    if level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError(
+            "pyalign's kernels have no forward-mode derivative; for jvp force the plain torch implementation with"
+            ' pyalign.backend("reference")'
+        )
 
 
 def loss(call: Call, student: Tensor, in_place: bool) -> Results:
     """Runs a loss, with a graph if the student needs one."""
     needs_gradient = torch.is_grad_enabled() and student.requires_grad
-    level: int = forward_ad._current_level  # pyright: ignore[reportPrivateUsage]
-    if level >= 0 and forward_ad.unpack_dual(student).tangent is not None:
-        raise RuntimeError(
-            "pyalign's kernels have no forward-mode derivative; for jvp force the plain torch implementation with"
-            ' pyalign.backend("reference")'
-        )
+    refuse_forward_mode(student)
     if in_place and not needs_gradient:
         in_place = False  # nothing to write over the logits
     base = student._base  # pyright: ignore[reportPrivateUsage]
@@ -312,7 +325,7 @@ def loss(call: Call, student: Tensor, in_place: bool) -> Results:
         )
     if not needs_gradient:
         value, *metrics = call.forward(student.detach(), False)
-    elif torch.compiler.is_compiling() or _functorch_is_active():
+    elif torch.compiler.is_compiling() or functorch_is_active():
         if in_place:
             raise ValueError("inplace: not available under torch.compile and torch.func")
         value, *metrics = _LossTraced.apply(student, call, *call.tensors())

@@ -89,3 +89,103 @@ def rows(x: Tensor) -> Rows:
     if len(collapsed) == 2:
         return Rows(x, count, collapsed[1][0], collapsed[0][1], collapsed[1][1])
     return rows(x.contiguous())
+
+
+# Preference losses
+
+PAIR_LOSSES = (
+    "logistic", "hinge", "exponential", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero",
+    "apo_down", "discopop", "odds_ratio", "binary", "kto",
+)  # fmt: skip
+RANK_METHODS = ("pairwise", "breslow", "efron")
+
+
+class PairTensors(NamedTuple):
+    """What is constant about N items; every tensor contiguous. Items are pairs, or single scores with labels."""
+
+    first_reference: Tensor | None = None  # (N,) the scores' dtype, subtracted from the first scores
+    second_reference: Tensor | None = None  # (N,)
+    margin: Tensor | None = None  # (N,) or () accumulation dtype; replaces the options' margin
+    labels: Tensor | None = None  # (N,) bool
+    weight: Tensor | None = None  # (N,) accumulation dtype
+    mask: Tensor | None = None  # (N,) bool
+    num_items: Tensor | None = None  # () accumulation dtype, replaces the count as the denominator of "mean"
+
+
+class PairOptions(NamedTuple):
+    """Options of a loss over items; which of them a form reads is in csrc/common/ranking.h."""
+
+    form: str
+    scale: float
+    margin: float
+    label_smoothing: float
+    center: float
+    tau: float
+    delta: float
+    positive_weight: float
+    negative_weight: float
+    reduction: str
+
+
+def pair_options(
+    form: str = "logistic",
+    reduction: str = "mean",
+    scale: float | None = None,
+    margin: float | None = None,
+    label_smoothing: float | None = None,
+    center: float | None = None,
+    tau: float | None = None,
+    delta: float | None = None,
+    positive_weight: float | None = None,
+    negative_weight: float | None = None,
+) -> PairOptions:
+    """Options with constants for what is not given. torch.compile(dynamic=True) takes floats that are default values of
+    a class for symbols, and fails where two losses share them."""
+    return PairOptions(
+        form,
+        1.0 if scale is None else scale,
+        0.0 if margin is None else margin,
+        0.0 if label_smoothing is None else label_smoothing,
+        0.0 if center is None else center,
+        1.0 if tau is None else tau,
+        0.0 if delta is None else delta,
+        1.0 if positive_weight is None else positive_weight,
+        1.0 if negative_weight is None else negative_weight,
+        reduction,
+    )
+
+
+class RankTensors(NamedTuple):
+    """What is constant about G groups of scores; every tensor contiguous."""
+
+    ranks: Tensor  # (G, K) or (N,) int64
+    group_offsets: Tensor | None = None  # (G + 1,) int64
+    num_items: Tensor | None = None  # () accumulation dtype
+
+
+class RankOptions(NamedTuple):
+    """Options of a loss over groups: all pairs of a group, or Plackett-Luce by the rule for ties."""
+
+    method: str = "pairwise"
+    scale: float = 1.0
+    margin: float = 0.0
+    label_smoothing: float = 0.0
+    over_groups: bool = False  # the mean within a group, then over groups; for Plackett-Luce, over groups
+    reduction: str = "mean"
+
+
+class PairResults(NamedTuple):
+    """What a loss over items returns; None for what was not asked for."""
+
+    loss: Tensor  # () or, for "none", (N,)
+    denominator: Tensor  # () what the mean divided by
+    gradient: Tensor | None  # (2, N) or (1, N) accumulation dtype, not divided by the denominator
+    rewards: Tensor | None  # (2, N) or (1, N) accumulation dtype, scale * (score - reference)
+
+
+class RankResults(NamedTuple):
+    """What a loss over groups returns."""
+
+    loss: Tensor  # () or, for "none", (G,)
+    denominator: Tensor  # ()
+    gradient: Tensor | None  # (N,) accumulation dtype, not divided by the denominator

@@ -6,10 +6,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pyalign import distill
+from pyalign import distill, ranking
 from pyalign.distill import TopKLogprobs
+from pyalign.ranking import LabelledOutput, PreferenceOutput
 
-__all__ = ["DistillationLoss", "TopKDistillationLoss"]
+__all__ = [
+    "BinaryDiscriminationLoss",
+    "CPOLoss",
+    "DPOLoss",
+    "DistillationLoss",
+    "KTOLoss",
+    "ORPOLoss",
+    "PairwisePreferenceLoss",
+    "RankedPreferenceLoss",
+    "SimPOLoss",
+    "TopKDistillationLoss",
+]
 
 
 class _LossModule(nn.Module):
@@ -93,3 +105,223 @@ class TopKDistillationLoss(_LossModule):
     def forward(self, student_logits: Tensor, teacher: TopKLogprobs, **tensors: Any) -> Any:
         """The loss; ``tensors`` are mask, labels, teacher_rows, weight, targets, num_items, return_metrics."""
         return distill.topk_distillation_loss(student_logits, teacher, **self.options, **tensors)
+
+
+class PairwisePreferenceLoss(_LossModule):
+    """:func:`pyalign.ranking.pairwise_preference_loss` with its options fixed; tensors are given to ``forward``.
+
+    >>> criterion = PairwisePreferenceLoss(center_coefficient=0.01)
+    >>> loss = criterion(chosen, rejected, margin=margin)
+    """
+
+    def __init__(
+        self,
+        *,
+        loss_type: str = "logistic",
+        scale: float = 1.0,
+        label_smoothing: float = 0.0,
+        center_coefficient: float = 0.0,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(
+            loss_type=loss_type,
+            scale=scale,
+            label_smoothing=label_smoothing,
+            center_coefficient=center_coefficient,
+            reduction=reduction,
+        )
+
+    def forward(self, chosen: Tensor, rejected: Tensor, **tensors: Any) -> Tensor:
+        """The loss; ``tensors`` are margin, weight, mask, num_items."""
+        return ranking.pairwise_preference_loss(chosen, rejected, **self.options, **tensors)
+
+
+class RankedPreferenceLoss(_LossModule):
+    """:func:`pyalign.ranking.ranked_preference_loss` with its options fixed; tensors are given to ``forward``.
+
+    >>> criterion = RankedPreferenceLoss(method="plackett_luce")
+    >>> loss = criterion(scores, ranks, group_offsets)
+    """
+
+    def __init__(
+        self,
+        *,
+        method: str = "pairwise",
+        margin: float | None = None,
+        scale: float = 1.0,
+        label_smoothing: float = 0.0,
+        ties: str = "breslow",
+        group_reduction: str | None = None,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(
+            method=method,
+            margin=margin,
+            scale=scale,
+            label_smoothing=label_smoothing,
+            ties=ties,
+            group_reduction=group_reduction,
+            reduction=reduction,
+        )
+
+    def forward(self, scores: Tensor, ranks: Tensor, group_offsets: Tensor | None = None, **tensors: Any) -> Tensor:
+        """The loss; ``tensors`` is num_items."""
+        return ranking.ranked_preference_loss(scores, ranks, group_offsets, **self.options, **tensors)
+
+
+class BinaryDiscriminationLoss(_LossModule):
+    """:func:`pyalign.ranking.binary_discrimination_loss` with its options fixed; tensors are given to ``forward``.
+
+    >>> loss = BinaryDiscriminationLoss()(scores, labels)
+    """
+
+    def __init__(
+        self,
+        *,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(
+            reduction=reduction,
+        )
+
+    def forward(self, scores: Tensor, labels: Tensor, **tensors: Any) -> Tensor:
+        """The loss; ``tensors`` are weight, mask, num_items."""
+        return ranking.binary_discrimination_loss(scores, labels, **self.options, **tensors)
+
+
+class DPOLoss(_LossModule):
+    """:func:`pyalign.ranking.dpo_loss` with its options fixed; tensors are given to ``forward``.
+
+    >>> criterion = DPOLoss(beta=0.1, loss_type="sigmoid")
+    >>> loss, chosen_rewards, rejected_rewards = criterion(chosen, rejected, reference_chosen, reference_rejected)
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: float = 0.1,
+        loss_type: str = "sigmoid",
+        label_smoothing: float = 0.0,
+        discopop_tau: float = 0.05,
+        bco_delta: float = 0.0,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(
+            beta=beta,
+            loss_type=loss_type,
+            label_smoothing=label_smoothing,
+            discopop_tau=discopop_tau,
+            bco_delta=bco_delta,
+            reduction=reduction,
+        )
+
+    def forward(
+        self, policy_chosen: Tensor, policy_rejected: Tensor, *references: Tensor, **tensors: Any
+    ) -> PreferenceOutput:
+        """The loss and rewards; ``references`` are both sides' or none, ``tensors`` are mask, num_items."""
+        return ranking.dpo_loss(policy_chosen, policy_rejected, *references, **self.options, **tensors)
+
+
+class CPOLoss(_LossModule):
+    """:func:`pyalign.ranking.cpo_loss` with its options fixed; tensors are given to ``forward``.
+
+    >>> loss = CPOLoss(beta=0.1)(policy_chosen, policy_rejected, chosen_nll=nll).loss
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: float = 0.1,
+        loss_type: str = "sigmoid",
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(
+            beta=beta,
+            loss_type=loss_type,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        )
+
+    def forward(self, policy_chosen: Tensor, policy_rejected: Tensor, **tensors: Any) -> PreferenceOutput:
+        """The loss and rewards; ``tensors`` are chosen_nll, nll_weight, mask, num_items."""
+        return ranking.cpo_loss(policy_chosen, policy_rejected, **self.options, **tensors)
+
+
+class SimPOLoss(_LossModule):
+    """:func:`pyalign.ranking.simpo_loss` with its options fixed; tensors are given to ``forward``.
+
+    >>> criterion = SimPOLoss(beta=2.0, gamma=1.0)
+    >>> loss = criterion(chosen_sums, rejected_sums, chosen_lengths=n, rejected_lengths=m).loss
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: float = 2.0,
+        gamma: float = 0.5,
+        loss_type: str = "sigmoid",
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(
+            beta=beta,
+            gamma=gamma,
+            loss_type=loss_type,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        )
+
+    def forward(self, policy_chosen: Tensor, policy_rejected: Tensor, **tensors: Any) -> PreferenceOutput:
+        """The loss and rewards; ``tensors`` are the lengths, chosen_nll, nll_weight, mask, num_items."""
+        return ranking.simpo_loss(policy_chosen, policy_rejected, **self.options, **tensors)
+
+
+class ORPOLoss(_LossModule):
+    """:func:`pyalign.ranking.orpo_loss` with its options fixed; tensors are given to ``forward``.
+
+    >>> loss = ORPOLoss(lambda_=0.1)(mean_chosen, mean_rejected, chosen_nll=nll).loss
+    """
+
+    def __init__(
+        self,
+        *,
+        lambda_: float = 0.1,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(
+            lambda_=lambda_,
+            reduction=reduction,
+        )
+
+    def forward(self, policy_chosen: Tensor, policy_rejected: Tensor, **tensors: Any) -> PreferenceOutput:
+        """The loss and rewards; ``tensors`` are the lengths, chosen_nll, nll_weight, mask, num_items."""
+        return ranking.orpo_loss(policy_chosen, policy_rejected, **self.options, **tensors)
+
+
+class KTOLoss(_LossModule):
+    """:func:`pyalign.ranking.kto_loss` with its options fixed; tensors are given to ``forward``.
+
+    >>> loss = KTOLoss(undesirable_weight=1.33)(policy_logps, reference_logps, labels, kl).loss
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: float = 0.1,
+        desirable_weight: float = 1.0,
+        undesirable_weight: float = 1.0,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(
+            beta=beta,
+            desirable_weight=desirable_weight,
+            undesirable_weight=undesirable_weight,
+            reduction=reduction,
+        )
+
+    def forward(
+        self, policy_logps: Tensor, reference_logps: Tensor | None, labels: Tensor, kl: float | Tensor, **tensors: Any
+    ) -> LabelledOutput:
+        """The loss and rewards; ``tensors`` are mask, num_items."""
+        return ranking.kto_loss(policy_logps, reference_logps, labels, kl, **self.options, **tensors)

@@ -51,6 +51,9 @@ LIMITS = {
     "topk_rows": Limit(TYPES, threads=1024, blocks=1),
     "topk_distill_rows": Limit(TYPES, threads=512, blocks=1),
     "scale_rows": Limit(TYPES, threads=256, blocks=4),
+    "pair_items": Limit(TYPES, threads=512, blocks=2, static_shared=256),
+    "rank_groups": Limit(TYPES, threads=256, blocks=4, static_shared=3584),
+    "scale_scores": Limit(TYPES, threads=256, blocks=8),
     "count_tokens": Limit(1, threads=1024, blocks=1, static_shared=256),
     "sum_losses": Limit(1, threads=1024, blocks=1, static_shared=256),
 }

@@ -287,4 +287,4 @@ def test_every_option_of_the_functions_is_one_of_the_modules_or_of_their_call():
         fixed = set(inspect.signature(module).parameters)
         # A stored teacher brings its temperature along.
         assert options - given - {"temperature"} == fixed - {"temperature"}
-    assert pyalign.nn.__all__ == ["DistillationLoss", "TopKDistillationLoss"]
+    assert {"DistillationLoss", "TopKDistillationLoss"} <= set(pyalign.nn.__all__)

@@ -22,7 +22,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyalign._types import DIVERGENCES, TAILS, Options, Tokens
+from pyalign._types import (
+    DIVERGENCES,
+    PAIR_LOSSES,
+    RANK_METHODS,
+    TAILS,
+    Options,
+    PairTensors,
+    RankOptions,
+    RankTensors,
+    Tokens,
+    pair_options,
+)
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,6 +49,10 @@ KERNELS = {
     "select_kernel",
     "order_kernel",
     "scale_kernel",
+    "pair_kernel",
+    "rank_kernel",
+    "gradient_kernel",
+    "group_gradient_kernel",
 }
 
 
@@ -104,6 +119,40 @@ def scale(dtype: str) -> None:
     engine.scale(logits(dtype), torch.ones(()))
 
 
+def pair_loss(form: str, dtype: str, full: bool = False) -> None:
+    from pyalign.kernels import ranking as engine
+
+    x, number = torch.zeros(4096, dtype=DTYPES[dtype]), torch.zeros(4096)
+    mask = torch.ones(4096, dtype=torch.bool)
+    options = pair_options(form=form, label_smoothing=0.1)
+    second = x if form not in ("binary", "kto") else None
+    tensors = PairTensors(labels=mask if second is None else None)
+    if full:
+        reference = None if second is None else x
+        tensors = tensors._replace(
+            first_reference=x, second_reference=reference, margin=number, weight=number, mask=mask
+        )
+        options = options._replace(center=0.1, reduction="none")
+    engine.pair_loss(x, second, tensors, options, want_gradient=True, want_rewards=full)
+
+
+def ranked_loss(method: str, dtype: str, size: int | None = None, full: bool = False) -> None:
+    from pyalign.kernels import ranking as engine
+
+    offsets = torch.zeros(9, dtype=torch.int64) if size is None else None
+    x = torch.zeros((4096,) if size is None else (8, size), dtype=DTYPES[dtype])
+    tensors = RankTensors(torch.zeros(x.shape, dtype=torch.int64), offsets, torch.zeros(()) if full else None)
+    options = RankOptions(method=method, over_groups=full or method != "pairwise")
+    engine.ranked_loss(x, tensors, options, want_gradient=True)
+
+
+def score_gradient(dtype: str, packed: bool) -> None:
+    from pyalign.kernels import ranking as engine
+
+    offsets, upstream = (torch.zeros(9, dtype=torch.int64), torch.zeros(8)) if packed else (None, torch.zeros(()))
+    engine.score_gradient(torch.zeros(1, 4096), upstream, torch.zeros(()), offsets, 1, DTYPES[dtype])
+
+
 def cases(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """Calls of engine functions, each under a name."""
     for divergence in DIVERGENCES:
@@ -117,6 +166,14 @@ def cases(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "topk_distill full", lambda: topk_distill("jsd", "bucket", "bfloat16", full=True)
     yield "topk", lambda: topk("bfloat16", 50, 32000)
     yield "scale", lambda: scale("bfloat16")
+    for form in PAIR_LOSSES:
+        yield f"pair_loss {form}", lambda f=form: pair_loss(f, "bfloat16")
+    yield "pair_loss full", lambda: pair_loss("logistic", "bfloat16", full=True)
+    for method in RANK_METHODS:
+        yield f"ranked_loss {method}", lambda m=method: ranked_loss(m, "bfloat16", 16)
+        yield f"ranked_loss packed {method}", lambda m=method: ranked_loss(m, "float32")
+    yield "score_gradient", lambda: score_gradient("bfloat16", packed=False)
+    yield "score_gradient packed", lambda: score_gradient("bfloat16", packed=True)
     if not everything:
         return
     for dtype, divergence, full in product(DTYPES, DIVERGENCES, (False, True)):
@@ -130,6 +187,10 @@ def cases(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     for dtype, (k, vocab) in product(DTYPES, ((1, 128256), (50, 151936), (256, 262144))):
         yield f"topk {k} {dtype}", lambda a=(dtype, k, vocab): topk(*a)
         yield f"scale {dtype}", lambda d=dtype: scale(d)
+    for dtype, form in product(DTYPES, PAIR_LOSSES):
+        yield f"pair_loss {form} {dtype} full", lambda a=(form, dtype): pair_loss(*a, full=True)
+    for dtype, method, size in product(DTYPES, RANK_METHODS, (4, 4096, None)):
+        yield f"ranked_loss {method} {size} {dtype} full", lambda a=(method, dtype, size): ranked_loss(*a, full=True)
 
 
 def compile_kernel(kernel: Any, warps: int, arguments: dict[str, Any], target: Any) -> Any:
@@ -199,7 +260,7 @@ def accesses(compiled: Any) -> dict[str, int]:
 
 def report(everything: bool) -> list[dict[str, Any]]:
     """Compiles all kernels of all cases for all targets, each once."""
-    from pyalign.kernels import common
+    from pyalign.kernels import common, ranking
     from pyalign.kernels import distill as engine
     from triton.backends.compiler import GPUTarget
 
@@ -209,7 +270,7 @@ def report(everything: bool) -> list[dict[str, Any]]:
     def record(kernel: Any, programs: int, warps: int, **arguments: Any) -> None:
         launches.append((kernel, warps, arguments))
 
-    for module in (common, engine):
+    for module in (common, engine, ranking):
         module.launch = record
     for name, (backend, architecture, warp_size) in TARGETS.items():
         engine.warp_size = lambda device, size=warp_size: size

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/distill_args.h"
+#include "common/ranking_args.h"
 
 namespace pyalign::cpu {
 
@@ -15,6 +16,11 @@ void topk(const TopKArgs& args, int threads);
 
 // x *= factor[0] for rows of `width`; returns at once where the factor is 1. `factor` has x's accumulation dtype.
 void scale(const Rows& x, int64_t count, int64_t width, const void* factor, int threads);
+
+// They throw std::invalid_argument for offsets that don't cut the scores into groups.
+void pair_loss(const PairArgs& args, int threads);
+void ranked_loss(const RankArgs& args, int threads);
+void score_gradient(const ScoreGradientArgs& args, int threads);
 
 // The instruction set that was chosen for this machine (or by PYALIGN_CPU_ISA), and those compiled in.
 std::string isa();

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "common/distill_args.h"
+#include "common/ranking_args.h"
 
 namespace pyalign::cuda {
 
@@ -28,6 +29,11 @@ void topk(const TopKArgs& args, cudaStream_t stream);
 
 // x *= factor[0] for rows of `width`, a float read on the device; returns at once where it is 1.
 void scale(const Rows& x, int64_t count, int64_t width, const void* factor, cudaStream_t stream);
+
+// Offsets that don't cut the scores into groups make the loss and its gradients NaN.
+void pair_loss(const PairArgs& args, cudaStream_t stream);
+void ranked_loss(const RankArgs& args, cudaStream_t stream);
+void score_gradient(const ScoreGradientArgs& args, cudaStream_t stream);
 
 // Which kernel `distill` runs for rows of this length on this device, and how it is laid out there.
 std::string explain_distill(int64_t vocab, Dtype dtype, int device);
