@@ -53,6 +53,7 @@ def kept_memory(size: int) -> Generator[bool]:
 
     The C library hands large blocks back to the system at once, and a fresh page costs more than the work on it: on a
     CPU, every tensor expression would be timed by its allocations. Yields whether it works here: glibc is needed.
+    Afterwards the C library may go on reusing what it kept: whatever needs fresh memory is to be measured before.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
