@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyalign import pairwise_preference_loss, ranked_preference_loss
-from pyalign.benchmark import interleaved, peak_extra_memory
+from pyalign.benchmark import interleaved
 
 # torch.compile's own imports use what torch has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -88,10 +88,6 @@ def test_one_large_group(benchmark: Any, method: str) -> None:
     if method == "pairwise":
         functions["eager_full_matrix"] = step(lambda x: full_matrix(x, wins), scores)
     report(benchmark, functions, rounds=5)
-    if not benchmark.disabled:
-        scores.grad = None
-        extra = peak_extra_memory(functions["pyalign"], DEVICE)
-        benchmark.extra_info["extra_bytes_per_score"] = extra / size
 
 
 @pytest.mark.parametrize("pairs", [4096, 65536])
