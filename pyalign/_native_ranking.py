@@ -31,13 +31,14 @@ def _pointer(x: Tensor | None) -> int:
 
 
 class _Engine:
-    """The engine functions over one submodule of ``_C``. ``execution`` is a thread count or a stream."""
+    """The engine functions over one submodule of ``_C``."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
 
-    def execution(self, device: torch.device) -> int:
-        return torch.get_num_threads()
+    def _call(self, name: str, device: torch.device, *arguments: Any) -> None:
+        """``_C``'s function, told where to run: a thread count or a stream."""
+        getattr(self._module, name)(*arguments, torch.get_num_threads())
 
     def ticket(self, device: torch.device) -> Tensor | None:
         """() int32, 0: how the blocks of a GPU kernel find out which of them is the last."""
@@ -61,7 +62,9 @@ class _Engine:
         rewards = torch.empty(sides, count, dtype=dtype, device=device) if want_rewards else None
         form, *numbers, reduction = options
         reward = _pointer(rewards)
-        self._module.pair_loss(
+        self._call(
+            "pair_loss",
+            device,
             (
                 count,
                 _DTYPE[first.dtype],
@@ -85,7 +88,6 @@ class _Engine:
                 reward,
                 reward + count * dtype.itemsize if rewards is not None and sides == 2 else 0,
             ),
-            self.execution(device),
         )
         return PairResults(loss, denominator, gradient, rewards)
 
@@ -103,7 +105,9 @@ class _Engine:
             group_loss = torch.empty(2, groups, dtype=dtype, device=device)
             stages = None if options.method == "pairwise" else torch.empty(3, scores.numel(), device=device)
         method, *numbers, reduction = options
-        self._module.ranked_loss(
+        self._call(
+            "ranked_loss",
+            device,
             (
                 groups,
                 size,
@@ -124,7 +128,6 @@ class _Engine:
                 _pointer(stages),
                 _pointer(ticket),
             ),
-            self.execution(device),
         )
         return RankResults(loss, denominator, gradient)
 
@@ -140,7 +143,9 @@ class _Engine:
         """(rows, N) gradient * upstream / denominator as ``dtype``; upstream is () or one per group of ``size``."""
         rows, count = gradient.shape
         result = torch.empty(rows, count, dtype=dtype, device=gradient.device)
-        self._module.score_gradient(
+        self._call(
+            "score_gradient",
+            gradient.device,
             (
                 rows,
                 count,
@@ -154,14 +159,14 @@ class _Engine:
                 denominator.data_ptr(),
                 result.data_ptr(),
             ),
-            self.execution(gradient.device),
         )
         return result
 
 
 class _Cuda(_Engine):
-    def execution(self, device: torch.device) -> int:
-        return torch.cuda.current_stream(device).cuda_stream
+    def _call(self, name: str, device: torch.device, *arguments: Any) -> None:
+        with torch.cuda.device(device):
+            getattr(self._module, name)(*arguments, torch.cuda.current_stream(device).cuda_stream)
 
     def ticket(self, device: torch.device) -> Tensor | None:
         return gpu_ticket(device)

@@ -471,3 +471,12 @@ def test_a_cuda_graph_holds_the_loss_and_its_gradients(engine: Engine):
             for _ in range(3):
                 graph.replay()
                 assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@over(ON_GPU)
+def test_scores_on_another_gpu_than_the_current_one(engine: Engine):
+    given, order = scores(5, 7), ranks(5, 7)
+    with engine(), torch.cuda.device(0):
+        ours = ranked_preference_loss(given.to("cuda:1"), order.to("cuda:1"))
+    torch.testing.assert_close(ours.cpu(), ranked_preference_loss(given, order), rtol=1e-6, atol=1e-6)
