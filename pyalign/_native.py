@@ -21,19 +21,19 @@ from pyalign._types import (
 )
 
 _ONE_STRIDE = 1 << 62  # rows up to this number are reached by the inner stride alone
-_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
-def _pointer(x: Tensor | None) -> int:
+def pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
 def _rows(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int]]:
     """The tensor that holds the rows (``x`` or its one copy) and how C++ finds them in it."""
     if x.is_contiguous():
-        return x, (x.data_ptr(), _DTYPE[x.dtype], _ONE_STRIDE, 0, x.shape[-1])
+        return x, (x.data_ptr(), DTYPES[x.dtype], _ONE_STRIDE, 0, x.shape[-1])
     tensor, _, inner, outer_stride, inner_stride = rows(x)
-    return tensor, (tensor.data_ptr(), _DTYPE[x.dtype], inner, outer_stride, inner_stride)
+    return tensor, (tensor.data_ptr(), DTYPES[x.dtype], inner, outer_stride, inner_stride)
 
 
 def _options(options: Options) -> tuple[Any, ...]:
@@ -59,14 +59,14 @@ class _Outputs:
 
     def pointers(self) -> tuple[int, ...]:
         outputs = (self.loss, self.row_loss, self.denominator, self.entropy, self.agreement)
-        return tuple(_pointer(x) for x in outputs)
+        return tuple(pointer(x) for x in outputs)
 
     def results(self) -> Results:
         return Results(self.loss, self.entropy, self.agreement)
 
 
-class _Engine:
-    """The engine functions over one submodule of ``_C``."""
+class Module:
+    """One submodule of ``_C``; engines over it derive from ``OnCpu`` or ``OnCuda``, which say where to run."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
@@ -74,6 +74,21 @@ class _Engine:
     def _call(self, name: str, device: torch.device, *arguments: Any) -> None:
         """``_C``'s function, told where to run: a thread count or a stream."""
         raise NotImplementedError
+
+
+class OnCpu(Module):
+    def _call(self, name: str, device: torch.device, *arguments: Any) -> None:
+        getattr(self._module, name)(*arguments, torch.get_num_threads())
+
+
+class OnCuda(Module):
+    def _call(self, name: str, device: torch.device, *arguments: Any) -> None:
+        with torch.cuda.device(device):
+            getattr(self._module, name)(*arguments, torch.cuda.current_stream(device).cuda_stream)
+
+
+class _Engine(Module):
+    """The engine functions (distill, topk_distill, topk, scale)."""
 
     def distill(
         self,
@@ -121,9 +136,9 @@ class _Engine:
             k,
             logprobs.data_ptr(),
             indices.data_ptr(),
-            _pointer(residual),
-            _DTYPE[logprobs.dtype],
-            _DTYPE[logprobs.dtype if residual is None else residual.dtype],
+            pointer(residual),
+            DTYPES[logprobs.dtype],
+            DTYPES[logprobs.dtype if residual is None else residual.dtype],
             indices.dtype == torch.int64,
         )
         return self._loss(
@@ -167,12 +182,12 @@ class _Engine:
             *teacher,
             (
                 count,
-                *map(_pointer, (mask, labels, teacher_index, weight, targets)),
+                *map(pointer, (mask, labels, teacher_index, weight, targets)),
                 ignore_index,
                 teacher_count,
                 REDUCTIONS.index(reduction),
-                _pointer(num_items),
-                _pointer(upstream),
+                pointer(num_items),
+                pointer(upstream),
             ),
             (gradient_rows, student.shape[-1], *outputs.pointers()),
             _options(options),
@@ -192,23 +207,18 @@ class _Engine:
     def scale(self, x: Tensor, factor: Tensor) -> None:
         """x *= factor in place, reading the 0-dim ``factor`` on the device; ``x`` is dense, or rows of two strides."""
         count, width = (1, x.numel()) if x.is_contiguous() else (x.shape[:-1].numel(), x.shape[-1])
-        matrix = (x.data_ptr(), _DTYPE[x.dtype], 1, 0, 0) if count == 1 else _rows(x)[1]
+        matrix = (x.data_ptr(), DTYPES[x.dtype], 1, 0, 0) if count == 1 else _rows(x)[1]
         self._call("scale", x.device, matrix, count, width, factor.data_ptr())
 
 
-class _Cpu(_Engine):
-    def _call(self, name: str, device: torch.device, *arguments: Any) -> None:
-        getattr(self._module, name)(*arguments, torch.get_num_threads())
+class _Cpu(OnCpu, _Engine):
+    pass
 
 
-class _Cuda(_Engine):
-    def _call(self, name: str, device: torch.device, *arguments: Any) -> None:
-        with torch.cuda.device(device):
-            getattr(self._module, name)(*arguments, torch.cuda.current_stream(device).cuda_stream)
-
+class _Cuda(OnCuda, _Engine):
     def explain_distill(self, vocab: int, dtype: torch.dtype, device: int) -> str:
         """Which kernel serves rows of this length on this GPU, and how it is laid out there."""
-        return self._module.explain_distill(vocab, _DTYPE[dtype], device)
+        return self._module.explain_distill(vocab, DTYPES[dtype], device)
 
     def distill(
         self,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyalign import _C
+from pyalign._native import DTYPES, Module, OnCpu, OnCuda, pointer
 from pyalign._tickets import gpu_ticket
 from pyalign._types import (
     PAIR_LOSSES,
@@ -23,22 +23,9 @@ from pyalign._types import (
     accumulation_dtype,
 )
 
-_DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
-
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-class _Engine:
-    """The engine functions over one submodule of ``_C``."""
-
-    def __init__(self, module: Any) -> None:
-        self._module = module
-
-    def _call(self, name: str, device: torch.device, *arguments: Any) -> None:
-        """``_C``'s function, told where to run: a thread count or a stream."""
-        getattr(self._module, name)(*arguments, torch.get_num_threads())
+class _Engine(Module):
+    """The engine functions (pair_loss, ranked_loss, score_gradient)."""
 
     def ticket(self, device: torch.device) -> Tensor | None:
         """() int32, 0: how the blocks of a GPU kernel find out which of them is the last."""
@@ -61,30 +48,30 @@ class _Engine:
         gradient = torch.empty(sides, count, dtype=dtype, device=device) if want_gradient else None
         rewards = torch.empty(sides, count, dtype=dtype, device=device) if want_rewards else None
         form, *numbers, reduction = options
-        reward = _pointer(rewards)
+        reward = pointer(rewards)
         self._call(
             "pair_loss",
             device,
             (
                 count,
-                _DTYPE[first.dtype],
+                DTYPES[first.dtype],
                 first.data_ptr(),
-                _pointer(second),
-                _pointer(tensors.first_reference),
-                _pointer(tensors.second_reference),
-                _pointer(tensors.margin),
+                pointer(second),
+                pointer(tensors.first_reference),
+                pointer(tensors.second_reference),
+                pointer(tensors.margin),
                 0 if tensors.margin is None else tensors.margin.dim(),
-                _pointer(tensors.labels),
-                _pointer(tensors.weight),
-                _pointer(tensors.mask),
+                pointer(tensors.labels),
+                pointer(tensors.weight),
+                pointer(tensors.mask),
                 REDUCTIONS.index(reduction),
-                _pointer(tensors.num_items),
+                pointer(tensors.num_items),
             ),
             (PAIR_LOSSES.index(form), *numbers),
             (
                 loss.data_ptr(),
                 denominator.data_ptr(),
-                _pointer(gradient),
+                pointer(gradient),
                 reward,
                 reward + count * dtype.itemsize if rewards is not None and sides == 2 else 0,
             ),
@@ -112,21 +99,21 @@ class _Engine:
                 groups,
                 size,
                 scores.numel(),
-                _DTYPE[scores.dtype],
+                DTYPES[scores.dtype],
                 scores.data_ptr(),
                 tensors.ranks.data_ptr(),
-                _pointer(offsets),
+                pointer(offsets),
                 REDUCTIONS.index(reduction),
-                _pointer(tensors.num_items),
+                pointer(tensors.num_items),
             ),
             (RANK_METHODS.index(method), *numbers),
             (
                 loss.data_ptr(),
                 denominator.data_ptr(),
-                _pointer(gradient),
-                _pointer(group_loss),
-                _pointer(stages),
-                _pointer(ticket),
+                pointer(gradient),
+                pointer(group_loss),
+                pointer(stages),
+                pointer(ticket),
             ),
         )
         return RankResults(loss, denominator, gradient)
@@ -151,11 +138,11 @@ class _Engine:
                 count,
                 upstream.numel() if upstream.dim() else 0,
                 size,
-                _DTYPE[dtype],
+                DTYPES[dtype],
                 gradient.data_ptr(),
                 upstream.data_ptr(),
                 upstream.dim() == 1,
-                _pointer(group_offsets),
+                pointer(group_offsets),
                 denominator.data_ptr(),
                 result.data_ptr(),
             ),
@@ -163,18 +150,18 @@ class _Engine:
         return result
 
 
-class _Cuda(_Engine):
-    def _call(self, name: str, device: torch.device, *arguments: Any) -> None:
-        with torch.cuda.device(device):
-            getattr(self._module, name)(*arguments, torch.cuda.current_stream(device).cuda_stream)
+class _Cpu(OnCpu, _Engine):
+    pass
 
+
+class _Cuda(OnCuda, _Engine):
     def ticket(self, device: torch.device) -> Tensor | None:
         return gpu_ticket(device)
 
 
 @functools.cache
 def cpu() -> _Engine:
-    return _Engine(_C.cpu)
+    return _Cpu(_C.cpu)
 
 
 @functools.cache
