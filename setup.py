@@ -152,6 +152,8 @@ class Cuda:
 
 def find_cuda(sanitize: bool) -> Cuda | None:
     wanted = flag("PYALIGN_CUDA")
+    if sanitize and wanted:
+        fail("PYALIGN_CUDA=1 and PYALIGN_SANITIZE=1: the sanitizers build for the CPU alone")
     if wanted is False or sanitize:
         say("CPU build, as asked")
         return None
@@ -194,7 +196,7 @@ def cuda_archs(nvcc: str) -> list[int]:
             say(f"targets {sorted(unknown)} left out: {nvcc} and pyalign know {sorted(known)}")
         return sorted(archs & known)
 
-    parts = value.replace(",", ";").split(";")
+    parts = ["90" if part == "90a" else part for part in value.replace(",", ";").split(";")]
     if not all(re.fullmatch(r"[1-9]\d{1,2}", part) for part in parts):
         fail(f'PYALIGN_CUDA_ARCHS={value!r}: want targets such as "80;90", or "native"')
     archs = set(map(int, parts))

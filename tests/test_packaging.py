@@ -70,6 +70,11 @@ def test_cuda_demanded_without_nvcc(tmp_path: Path):
     assert "PYALIGN_CUDA=1, but there is no nvcc: not in $CUDA_HOME/bin, not on PATH" in error
 
 
+def test_sanitizers_and_cuda_exclude_each_other(tmp_path: Path):
+    error = one_error(run(*BUILD_EXT, PATH=nvcc(tmp_path), CXX=CXX, PYALIGN_CUDA="1", PYALIGN_SANITIZE="1"))
+    assert "PYALIGN_CUDA=1 and PYALIGN_SANITIZE=1: the sanitizers build for the CPU alone" in error
+
+
 def test_nvcc_too_old(tmp_path: Path):
     error = one_error(run(*BUILD_EXT, PATH=nvcc(tmp_path, release="11.8"), CXX=CXX))
     assert f"`{tmp_path}/nvcc --version` says 11.8, and pyalign needs 12.0 or newer" in error
@@ -88,6 +93,7 @@ def test_native_targets_demanded_without_gpu(tmp_path: Path):
         ("80;sm_90", 'want targets such as "80;90", or "native"'),
         ("80;89", "nvcc and pyalign know [80, 90]"),
         ("75", "nvcc and pyalign know [80, 90]"),
+        ("75;90a", "nvcc and pyalign know [80, 90]"),  # 90a comes with 90, where a kernel needs it
     ],
 )
 def test_bad_targets(tmp_path: Path, archs: str, message: str):

@@ -22,7 +22,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = subprocess.run(
         command,
         cwd=ROOT,
-        env={**os.environ, "PYALIGN_SANITIZE": "1"},
+        env={**os.environ, "PYALIGN_SANITIZE": "1", "PYALIGN_CUDA": "0"},
         capture_output=True,
         text=True,
         check=False,
