@@ -62,7 +62,7 @@ OVERRUN = """
 import pyalign, torch
 assert pyalign._C.__file__.startswith({library!r}), pyalign._C.__file__
 x, two = torch.ones(100), torch.tensor(2.0)
-pyalign._C.cpu.scale(x.data_ptr(), 0, {count}, two.data_ptr(), 1)
+pyalign._C.cpu.scale((x.data_ptr(), 0, 1, 0, 0), 1, {count}, two.data_ptr(), 1)
 print("survived")
 """
 

@@ -232,14 +232,16 @@ struct KeptRow {
 
     static constexpr size_t kMost = 256 << 10;  // bytes of one row
     static bool fits(int64_t vocab) { return static_cast<size_t>(vocab) * sizeof(F) <= kMost; }
-    static size_t bytes(int64_t vocab) {
-        return fits(vocab) ? static_cast<size_t>(vocab + kBlock) * sizeof(F) + (vocab / kBlock + 1) * sizeof(double)
-                           : 0;
+    static size_t lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
+    static size_t origin_bytes(int64_t vocab) {
+        return lines(static_cast<size_t>(vocab / kBlock + 1) * sizeof(double));
     }
-    static KeptRow in(std::byte* memory, int64_t vocab) {
+    static size_t bytes(int64_t vocab) {
+        return fits(vocab) ? origin_bytes(vocab) + lines(static_cast<size_t>(vocab) * sizeof(F)) : 0;
+    }
+    static KeptRow in(std::byte* memory, int64_t vocab) {  // memory at a cache line's start
         if (!fits(vocab)) return {};
-        double* const origins = reinterpret_cast<double*>(memory);
-        return {reinterpret_cast<F*>(origins + vocab / kBlock + 1), origins};
+        return {reinterpret_cast<F*>(memory + origin_bytes(vocab)), reinterpret_cast<double*>(memory)};
     }
 };
 
