@@ -79,7 +79,7 @@ def test_the_sanitizers_are_on_and_catch_an_overrun(sanitized: Path):
 
 def test_smoke_tests_pass(sanitized: Path):
     result = python(
-        sanitized, "-m", "pytest", "-q", "-m", "smoke", "-p", "no:cacheprovider", "--rootdir", str(ROOT),
+        sanitized, "-m", "pytest", "-q", "-s", "-m", "smoke", "-p", "no:cacheprovider", "--rootdir", str(ROOT),
         "-c", str(ROOT / "pyproject.toml"), str(ROOT / "tests"),
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
