@@ -123,7 +123,7 @@ report = {
     "python": platform.python_version(),
     "torch": torch.__version__,
     "cuda": {"torch": torch.version.cuda, "nvcc": nvcc and nvcc[1]},
-    "commit": commit and commit + ("+changes" if said("git", "status", "--porcelain") else ""),
+    "commit": commit and commit + ("+changes" if said("git", "status", "--porcelain", "--untracked-files=no") else ""),
     "device": device,
     "stages": stages,
     "benchmarks": cases,
