@@ -167,7 +167,7 @@ def _decide(
         reasons.append(f"not {name}: {why_not}")
     warning = ""
     if reasons and dtype in (*_KERNEL_DTYPES, *((torch.float64,) if device.type == "cpu" else ())):
-        warning = f"pyalign: plain torch serves {dtype} logits on {device.type}: {'; '.join(reasons)}"
+        warning = f"pyalign: plain torch serves {dtype} tensors on {device.type}: {'; '.join(reasons)}"
     return Choice("reference", "; ".join(reasons) or f"no kernels for {device.type}", warning)
 
 
