@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyalign._ops import FirstOrderOnly, define, functorch_is_active, refuse_forward_mode
-from pyalign._types import PairOptions, PairTensors, RankOptions, RankTensors, accumulation_dtype
+from pyalign._types import (
+    NO_PAIR_TENSORS,
+    PairOptions,
+    PairTensors,
+    RankOptions,
+    RankTensors,
+    accumulation_dtype,
+)
 
 
 @functools.cache
@@ -27,19 +35,25 @@ def engine(name: str) -> Any:
 
 
 def _contiguous(tensors: Any) -> Any:
+    if tensors is NO_PAIR_TENSORS:
+        return tensors
     return tensors._make([None if x is None else x.contiguous() for x in tensors])
 
 
-def _plain(*tensors: Tensor | None) -> bool:
+def _plain(tensors: PairTensors | RankTensors, *scores: Tensor) -> bool:
     """Whether nobody watches the ops that these tensors meet: then a raw op may be called without torch's dispatcher,
     which costs as much as the kernel for the few thousand pairs of a batch."""
     if torch.compiler.is_compiling() or functorch_is_active():
         return False
-    modes = torch._C._len_torch_dispatch_stack()  # pyright: ignore[reportPrivateUsage]  # torch offers no other way
-    return modes == 0 and all(type(x) in _PLAIN for x in tensors)
+    if torch._C._len_torch_dispatch_stack():  # pyright: ignore[reportPrivateUsage]  # torch offers no other way
+        return False
+    for x in scores:
+        if type(x) not in _PLAIN:
+            return False
+    return tensors is NO_PAIR_TENSORS or all(type(x) in _PLAIN for x in tensors)
 
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 # Raw ops: scores, what is constant about them, options, what is wanted. They return [loss, denominator, gradient,
@@ -120,9 +134,9 @@ def _score_gradient(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    return engine(backend).score_gradient(
-        gradient, upstream.to(gradient.dtype).contiguous(), denominator, group_offsets, size, dtype
-    )
+    if upstream.dtype != gradient.dtype or upstream.dim():  # autograd expands a sum's
+        upstream = upstream.to(gradient.dtype).contiguous()
+    return engine(backend).score_gradient(gradient, upstream, denominator, group_offsets, size, dtype)
 
 
 def _score_gradient_fake(
@@ -167,7 +181,7 @@ class Call(NamedTuple):
 
     def forward(self, scores: tuple[Tensor, ...], want_gradient: bool) -> list[Tensor]:
         tensors, options, backend = self.tensors, self.options, self.backend
-        plain = _plain(*scores, *tensors)
+        plain = _plain(tensors, *scores)
         if isinstance(tensors, RankTensors):
             assert isinstance(options, RankOptions)
             if plain:
@@ -190,15 +204,15 @@ class Call(NamedTuple):
         group_offsets: Tensor | None,
         upstream: Tensor,
         scores: tuple[Tensor, ...],
-    ) -> list[Tensor]:
+    ) -> Sequence[Tensor]:
         """d result / d scores, times ``upstream``: () or, for "none", one per item or group."""
         groups = gradient.dim() == 1
-        score_gradient = _score_gradient if _plain(gradient, upstream) else torch.ops.pyalign.score_gradient
+        score_gradient = _score_gradient if _plain(NO_PAIR_TENSORS, gradient, upstream) else torch.ops.pyalign.score_gradient
         result = score_gradient(
             gradient[None] if groups else gradient, upstream, denominator, group_offsets, self.size, scores[0].dtype,
             self.backend,
         )  # fmt: skip
-        return [result.view(scores[0].shape)] if groups else list(result.unbind())
+        return [result.view(scores[0].shape)] if groups else result.unbind()
 
     def given(self) -> list[Tensor]:
         return [x for x in self.tensors if x is not None]
@@ -209,7 +223,7 @@ class Call(NamedTuple):
         return self._replace(tensors=self.tensors._make([None if x is None else next(kept) for x in self.tensors]))
 
 
-def _first_order(gradients: list[Tensor], scores: tuple[Tensor, ...], upstream: Tensor) -> list[Any]:
+def _first_order(gradients: Sequence[Tensor], scores: tuple[Tensor, ...], upstream: Tensor) -> list[Any]:
     return [FirstOrderOnly.apply(gradient, x, upstream) for gradient, x in zip(gradients, scores, strict=True)]
 
 
@@ -219,8 +233,8 @@ class _ScoreLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *scores: Tensor) -> Any:
         loss, denominator, gradient, *rewards = call.forward(scores, True)
-        ctx.call, ctx.sides = call, len(scores)
-        ctx.save_for_backward(*scores, gradient, denominator, call.group_offsets())
+        ctx.call, ctx.scores = call, scores  # backward reads no score: they may change
+        ctx.save_for_backward(gradient, denominator, call.group_offsets())
         ctx.set_materialize_grads(False)
         if not rewards:
             return loss
@@ -230,9 +244,9 @@ class _ScoreLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if upstream is None:
-            return (None,) * (1 + ctx.sides)
-        *scores, gradient, denominator, group_offsets = ctx.saved_tensors
-        scores = tuple(scores)
+            return (None,) * (1 + len(ctx.scores))
+        gradient, denominator, group_offsets = ctx.saved_tensors
+        scores = ctx.scores
         gradients = ctx.call.gradients(gradient, denominator, group_offsets, upstream, scores)
         if torch.is_grad_enabled():
             gradients = _first_order(gradients, scores, upstream)
@@ -268,7 +282,7 @@ class _ScoreLossTraced(torch.autograd.Function):
 
 def loss(call: Call, *scores: Tensor) -> tuple[Tensor, Tensor | None]:
     """The loss and, if wanted, rewards; with a graph if any of the scores needs one."""
-    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in scores)
+    needs_gradient = torch.is_grad_enabled() and (scores[0].requires_grad or scores[-1].requires_grad)
     for x in scores:
         refuse_forward_mode(x)
     rewards: Any

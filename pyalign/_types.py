@@ -112,6 +112,9 @@ class PairTensors(NamedTuple):
     num_items: Tensor | None = None  # () accumulation dtype, replaces the count as the denominator of "mean"
 
 
+NO_PAIR_TENSORS = PairTensors()  # most calls: known by identity, it costs no look at each
+
+
 class PairOptions(NamedTuple):
     """Options of a loss over items; which of them a form reads is in csrc/common/ranking.h."""
 

@@ -275,7 +275,9 @@ def test_topk_logprobs_of_real_vocabularies(dtype: torch.dtype, vocab: int, k: i
     check_topk(ENGINES[0], logits(2, vocab, dtype=dtype), k, 1.0)
 
 
-@pytest.mark.parametrize("order", ["ascending", "descending", "equal", "one peak", "sawtooth"])
+@pytest.mark.parametrize(
+    "order", ["ascending", "descending", "equal", "one peak", "peaks", "few finite", "outlier", "sawtooth"]
+)
 @quick_engine
 def test_topk_logprobs_of_adversarial_rows(engine: Engine, order: str):
     """Orders that make a threshold or a buffer of candidates work hardest."""
@@ -285,6 +287,9 @@ def test_topk_logprobs_of_adversarial_rows(engine: Engine, order: str):
         "descending": torch.linspace(5, -5, n),
         "equal": torch.zeros(n),
         "one peak": torch.full((n,), -30.0).index_fill(0, torch.tensor([n - 1]), 30.0),
+        "peaks": torch.zeros(n).index_fill(0, torch.arange(n - 64, n), 150.0),  # the rest at e^-150
+        "few finite": torch.full((n,), -math.inf).index_fill(0, torch.arange(0, n, 120), 1.0),  # fewer than k
+        "outlier": torch.arange(n).cos().index_fill(0, torch.tensor([7]), -3e38),
         "sawtooth": torch.arange(n).remainder(97) / 10,
     }[order]
     check_topk(engine, torch.stack([x, x.flip(0)]), 64, 1.0)

@@ -72,7 +72,7 @@ const Kernels& choose() {
 // Rows per piece: enough for balance between threads (rows may be masked), and long, so that a row is being fetched
 // while the one before it is worked on.
 int64_t grain_of(int64_t rows, int64_t work_per_row, int threads) {
-    const int64_t least = 1 + 65536 / (work_per_row + 1), fair = rows / (8 * threads);
+    const int64_t least = 1 + 65536 / (work_per_row + 1), fair = rows / (32 * threads);
     return fair > least ? fair : least;
 }
 
@@ -216,8 +216,7 @@ void topk_distill(const TopKDistillArgs& args, int threads) {
 void topk(const TopKArgs& args, int threads) {
     const int64_t grain = grain_of(args.count, args.vocab, threads);
     parallel(
-        args.count, grain, args.vocab,
-        entries_scratch(kCandidatesPerEntry * args.k, args.k + 2 * (args.vocab / kGroup)), threads,
+        args.count, grain, args.vocab, kernels().topk_scratch(args), threads,
         [&](int64_t begin, int64_t end, std::byte* memory) { kernels().topk(args, Span{begin, end, memory, false}); });
 }
 

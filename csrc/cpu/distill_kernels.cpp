@@ -3,27 +3,17 @@
 #include "cpu/simd.h"
 
 PYALIGN_BEGIN
+
+void topk(const TopKArgs& args, cpu::Span span);  // topk_kernels.cpp
+size_t topk_scratch(const TopKArgs& args);
+
 namespace {
 
 using cpu::Entry;
 using cpu::Kernels;
-using cpu::kGroup;
 using cpu::Span;
 
-constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
 // ---- What every loss does for a row: its weight, its hard term, its metrics ----
-
-template <class F>
-double at(const void* data, int64_t index) {
-    return static_cast<double>(static_cast<const F*>(data)[index]);
-}
-
-template <class F>
-void put(void* data, int64_t index, double value) {
-    static_cast<F*>(data)[index] = F(value);
-}
 
 // d result / d loss of the row.
 template <class F>
@@ -572,141 +562,6 @@ void topk_distill(const TopKDistillArgs& args, double denominator, void* row_los
     }
 }
 
-// ---- Extraction of the k largest entries ----
-
-// The entries of a row that may be among its k best. When the room for four times as many is used up, only the k best
-// stay, and the worst of them becomes the threshold: a row is searched in a few rounds, each four times as long.
-template <class F>
-class Candidates {
-  public:
-    Candidates(Entry* entries, int64_t k, F threshold) : entries_(entries), k_(k), threshold_(threshold) {}
-
-    void add(F value, int64_t index) {
-        entries_[count_++] = {double(value), index, 0};
-        if (count_ == cpu::kCandidatesPerEntry * k_) keep_best();
-    }
-    void keep_best() {
-        cpu::keep_best(entries_, count_, k_);
-        count_ = k_;
-        threshold_ = F(entries_[k_ - 1].value);
-    }
-    F threshold() const { return threshold_; }
-
-  private:
-    Entry* entries_;
-    int64_t k_, count_ = 0;
-    F threshold_;
-};
-
-// Whether any of a group's entries is above the threshold, or a NaN.
-template <class T, class F>
-bool any_above(const T* x, F threshold) {
-    int above = 0;
-#pragma omp simd reduction(| : above)
-    for (int64_t i = 0; i < kGroup; ++i) above |= !(value(x[i]) <= threshold);
-    return above != 0;
-}
-
-// Which of them: a byte of 1 each, in words of eight, first entry lowest.
-template <class T, class F>
-void which_above(const T* x, F threshold, uint64_t* words) {
-    alignas(64) uint8_t above[kGroup];
-#pragma omp simd
-    for (int64_t i = 0; i < kGroup; ++i) above[i] = !(value(x[i]) <= threshold);
-    std::memcpy(words, above, sizeof above);
-}
-
-// Adds the entries of a group that are above the threshold; returns false at a NaN.
-template <class T, class F>
-bool add_group(const T* row, int64_t first, Candidates<F>& best) {
-    uint64_t words[kGroup / 8];
-    which_above(row + first, best.threshold(), words);
-    for (int64_t word = 0; word < kGroup / 8; ++word) {
-        for (uint64_t left = words[word]; left != 0; left &= left - 1) {
-            const int64_t i = first + 8 * word + __builtin_ctzll(left) / 8;
-            const F x = value(row[i]);
-            if (x != x) return false;
-            if (x > best.threshold()) best.add(x, i);  // of equals the earlier one stays
-        }
-    }
-    return true;
-}
-
-// Leaves the row's k best in `entries`; returns false where it meets a NaN. `maxima` has room for one per group.
-//
-// The k-th largest of the groups' maxima is a lower bound of the k-th largest entry, and a close one: the row is read
-// once for the maxima, and again only where a group's is above the bound.
-template <class T, class F = ValueOf<T>>
-bool select(const T* row, int64_t vocab, int64_t k, F* maxima, Entry* entries, Ahead& ahead) {
-    const int64_t groups = vocab / kGroup;
-    F bound = F(-kInfinity);
-    if (groups > k) {
-        for (int64_t group = 0; group < groups; ++group) {
-            if (group % (kBlock / kGroup) == 0) ahead.fold(group * kGroup);
-            maxima[group] = max_of(row + group * kGroup, kGroup);
-        }
-        bound = cpu::kth_largest(maxima, maxima + groups, groups, k);
-    }
-    const bool bounded = bound > std::numeric_limits<F>::lowest();
-    Candidates<F> best(entries, k, bounded ? std::nextafter(bound, F(-kInfinity)) : F(-kInfinity));
-    int64_t i = 0;
-    for (; !bounded && i < k; ++i) {
-        if (value(row[i]) != value(row[i])) return false;
-        best.add(value(row[i]), i);
-    }
-    for (; i + kGroup <= vocab; i += kGroup) {
-        const bool above = bounded ? maxima[i / kGroup] > best.threshold() : any_above(row + i, best.threshold());
-        if (above && !add_group(row, i, best)) return false;
-    }
-    for (; i < vocab; ++i) {
-        const F x = value(row[i]);
-        if (x != x) return false;
-        if (x > best.threshold()) best.add(x, i);
-    }
-    best.keep_best();
-    return true;
-}
-
-template <class T>
-void topk_rows(const TopKArgs& args, Span span) {
-    using F = ValueOf<T>;
-    const double inverse_temperature = 1 / args.temperature;
-    Entry* const entries = reinterpret_cast<Entry*>(span.scratch);
-    double* const members = reinterpret_cast<double*>(entries + cpu::kCandidatesPerEntry * args.k);
-    F* const maxima = reinterpret_cast<F*>(members + args.k);
-    Ahead ahead;
-
-    for (int64_t row = span.begin; row < span.end; ++row) {
-        const T* const logits = reinterpret_cast<const T*>(row_of(args.logits, row));
-        ahead.start(args.logits, row, row + 1 < span.end ? row + 1 : -1, args.vocab);
-        const bool valid = select(logits, args.vocab, args.k, maxima, entries, ahead);
-        const int64_t count = valid ? args.k : 0;
-        cpu::sort_by_index(entries, count);
-        const Softmax<double> rest =
-            fold_rest(logits, args.vocab, inverse_temperature, entries, count, members, [&](int64_t) { ahead.map(); });
-        Softmax<double> all = rest;
-        for (int64_t i = 0; i < count; ++i) all = fold(all, members[i], inverse_temperature);
-        cpu::sort_by_value(entries, count);
-
-        const double log_all = valid ? log_positive(all.sum) : kNaN;
-        for (int64_t i = 0; i < args.k; ++i) {
-            const double logprob = valid ? (entries[i].value - all.max) * inverse_temperature - log_all : kNaN;
-            put<F>(args.logprobs, row * args.k + i, logprob);
-            args.indices[row * args.k + i] = valid ? entries[i].index : i;
-        }
-        put<F>(args.residual, row, (rest.max - all.max) * inverse_temperature + log_positive(rest.sum) - log_all);
-    }
-}
-
-void topk(const TopKArgs& args, Span span) {
-    switch (args.logits.dtype) {
-        case Dtype::kFloat32: return topk_rows<float>(args, span);
-        case Dtype::kBFloat16: return topk_rows<BFloat16>(args, span);
-        case Dtype::kFloat16: return topk_rows<Float16>(args, span);
-        case Dtype::kFloat64: return topk_rows<double>(args, span);
-    }
-}
-
 // ---- Scale ----
 
 template <class T, class Load, class Store>
@@ -737,6 +592,6 @@ void scale(void* x, Dtype dtype, int64_t begin, int64_t end, double factor) {
 #define PYALIGN_STRING(x) #x
 #define PYALIGN_NAME(x) PYALIGN_STRING(x)
 extern const Kernels kKernels;
-const Kernels kKernels = {PYALIGN_NAME(PYALIGN_ISA), distill_scratch, distill, topk_distill, topk, scale};
+const Kernels kKernels = {PYALIGN_NAME(PYALIGN_ISA), distill_scratch, distill, topk_distill, topk_scratch, topk, scale};
 
 PYALIGN_END

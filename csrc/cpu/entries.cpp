@@ -60,23 +60,11 @@ void sort_by_index(Entry* entries, int64_t count) {
 namespace {
 
 // Descending, equals by ascending index.
-bool before(const Entry& a, const Entry& b) { return a.value > b.value || (a.value == b.value && a.index < b.index); }
-
-template <class F>
-F kth_largest_of(const F* x, F* scratch, int64_t count, int64_t k) {
-    std::copy(x, x + count, scratch);
-    std::nth_element(scratch, scratch + (k - 1), scratch + count, [](F a, F b) { return a > b; });
-    return scratch[k - 1];
-}
+constexpr auto before = [](const Entry& a, const Entry& b) {
+    return a.value > b.value || (a.value == b.value && a.index < b.index);
+};
 
 }  // namespace
-
-float kth_largest(const float* x, float* scratch, int64_t count, int64_t k) {
-    return kth_largest_of(x, scratch, count, k);
-}
-double kth_largest(const double* x, double* scratch, int64_t count, int64_t k) {
-    return kth_largest_of(x, scratch, count, k);
-}
 
 void sort_by_value(Entry* entries, int64_t count) { std::sort(entries, entries + count, before); }
 

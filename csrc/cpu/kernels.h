@@ -27,12 +27,12 @@ struct Kernels {
     // `denominator` is what the sum is divided by: 1, the count or num_items; row losses go to `row_loss`.
     void (*distill)(const DistillArgs&, double denominator, void* row_loss, Span);
     void (*topk_distill)(const TopKDistillArgs&, double denominator, void* row_loss, Span);
+    size_t (*topk_scratch)(const TopKArgs&);
     void (*topk)(const TopKArgs&, Span);
     void (*scale)(void* x, Dtype, int64_t begin, int64_t end, double factor);
 };
 
 constexpr int64_t kBlock = 512;
-constexpr int64_t kGroup = 64;
 constexpr int64_t kCandidatesPerEntry = 4;  // room for candidates while the k largest entries are searched
 
 // Compiled once (entries.cpp), called by the kernels: no instruction set's copy of a standard algorithm may serve
@@ -46,9 +46,6 @@ void sort_by_index(Entry* entries, int64_t count);
 void sort_by_value(Entry* entries, int64_t count);  // descending, equals by ascending index
 
 void keep_best(Entry* entries, int64_t count, int64_t k);  // the first k become the k largest, the least of them last
-// The k-th largest of x[0 .. count); `scratch` has room for as many.
-float kth_largest(const float* x, float* scratch, int64_t count, int64_t k);
-double kth_largest(const double* x, double* scratch, int64_t count, int64_t k);
 
 const Kernels& kernels();
 

@@ -18,10 +18,24 @@ PYALIGN_BEGIN
 
 using cpu::kBlock;
 
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
 PYALIGN_HD int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
 PYALIGN_HD std::byte* row_of(const Rows& rows, int64_t row) {
     return static_cast<std::byte*>(rows.data) + rows.start(row) * static_cast<int64_t>(size_of(rows.dtype));
+}
+
+// Elements of arrays in accumulation dtype.
+template <class F>
+PYALIGN_HD double at(const void* data, int64_t index) {
+    return static_cast<double>(static_cast<const F*>(data)[index]);
+}
+
+template <class F>
+PYALIGN_HD void put(void* data, int64_t index, double value) {
+    static_cast<F*>(data)[index] = F(value);
 }
 
 // Elements as they lie in memory. Loops convert as they read: it costs two instructions, and a converted copy of the
@@ -183,14 +197,50 @@ PYALIGN_HD BlockSum<F> sum_exp(const T* x, int64_t count, F origin, ScaledExp<F>
     return {sum, max};
 }
 
-// Folds a row block by block. The sum is kept over an origin near the max, which moves only where e^x might overflow.
+// Groups of a block of kBlock entries: group g holds the entries g, g + kGroups, g + 2 kGroups, ... A group is a vector
+// lane, so that its max and its sum cost nothing beside the block's.
+constexpr int64_t kGroups = 16, kMembers = kBlock / kGroups;
+
+template <class F>
+struct BlockGroups {
+    F *max, *sum;            // [kGroups]
+    const std::byte* ahead;  // [kBlock] what is fetched meanwhile, line by line
+};
+
+// The same, and each group's own max and sum.
+template <class T, class F>
+PYALIGN_HD BlockSum<F> sum_exp(const T* x, int64_t, F origin, ScaledExp<F> exp, BlockGroups<F> groups) {
+    F sums[kGroups], maxima[kGroups];
+    for (int64_t g = 0; g < kGroups; ++g) sums[g] = 0, maxima[g] = std::numeric_limits<F>::lowest();
+    for (int64_t first = 0; first < kBlock; first += kGroups) {
+        __builtin_prefetch(groups.ahead + first * static_cast<int64_t>(sizeof(T)), 0, 2);
+#pragma omp simd
+        for (int64_t g = 0; g < kGroups; ++g) {
+            const F logit = value(x[first + g]);
+            sums[g] += exp(logit - origin);
+            maxima[g] = logit > maxima[g] ? logit : maxima[g];
+        }
+    }
+    F sum = 0, max = std::numeric_limits<F>::lowest();
+#pragma omp simd reduction(+ : sum) reduction(max : max)
+    for (int64_t g = 0; g < kGroups; ++g) {
+        groups.sum[g] = sums[g];
+        groups.max[g] = maxima[g];
+        sum += sums[g];
+        max = maxima[g] > max ? maxima[g] : max;
+    }
+    return {sum, max};
+}
+
+// Folds a row block by block. The sum is kept over an origin near the max, which moves only to a block whose own max
+// is far above it: the rounding of 1 / T grows with the distance.
 template <class F>
 class RowFold {
   public:
     explicit RowFold(double inverse_temperature)
-        : exp_(inverse_temperature), inverse_temperature_(inverse_temperature), reach_(40 / inverse_temperature) {}
+        : exp_(inverse_temperature), inverse_temperature_(inverse_temperature), reach_(kReach / inverse_temperature) {}
 
-    // `kept...` is nothing, or where the block's e^((x - origin()) / T) go.
+    // `kept...` is nothing, or where the block's e^((x - origin()) / T) or its groups go.
     template <class T, class... Kept>
     PYALIGN_HD void add(const T* x, int64_t count, Kept... kept) {
         if (sums_.sum == 0) raise_origin(max_of(x, count));
@@ -211,6 +261,8 @@ class RowFold {
     }
 
   private:
+    static constexpr double kReach = 4;
+
     PYALIGN_HD void raise_origin(F max) {
         if (!(double(max) > sums_.max)) return;
         const double scale = sums_.sum == 0 ? 0 : rescale(sums_.max, double(max), inverse_temperature_);
