@@ -19,8 +19,10 @@ from pyalign._ops import FirstOrderOnly, define, functorch_is_active, refuse_for
 from pyalign._types import (
     NO_PAIR_TENSORS,
     PairOptions,
+    PairResults,
     PairTensors,
     RankOptions,
+    RankResults,
     RankTensors,
     accumulation_dtype,
 )
@@ -74,31 +76,27 @@ _RANK_OPTIONS = "str method, float scale, float margin, float label_smoothing, b
 def _run_pairs(
     first: Tensor, second: Tensor | None, tensors: PairTensors, options: PairOptions, want_gradient: bool,
     want_rewards: bool, backend: str,
-) -> list[Tensor]:  # fmt: skip
-    results = engine(backend).pair_loss(
+) -> PairResults:  # fmt: skip
+    return engine(backend).pair_loss(
         first.contiguous(), None if second is None else second.contiguous(), _contiguous(tensors), options,
         want_gradient=want_gradient, want_rewards=want_rewards,
     )  # fmt: skip
-    return [x for x in results if x is not None]
 
 
 def _run_groups(
     scores: Tensor, tensors: RankTensors, options: RankOptions, want_gradient: bool, backend: str
-) -> list[Tensor]:
-    results = engine(backend).ranked_loss(
-        scores.contiguous(), _contiguous(tensors), options, want_gradient=want_gradient
-    )
-    return [x for x in results if x is not None]
+) -> RankResults:
+    return engine(backend).ranked_loss(scores.contiguous(), _contiguous(tensors), options, want_gradient=want_gradient)
 
 
 def _pair_loss(first: Tensor, second: Tensor | None, *arguments: Any) -> list[Tensor]:
     tensors, options, wanted = _split(arguments, PairTensors, PairOptions)
-    return _run_pairs(first, second, tensors, options, *wanted)
+    return [x for x in _run_pairs(first, second, tensors, options, *wanted) if x is not None]
 
 
 def _ranked_loss(scores: Tensor, *arguments: Any) -> list[Tensor]:
     tensors, options, wanted = _split(arguments, RankTensors, RankOptions)
-    return _run_groups(scores, tensors, options, *wanted)
+    return [x for x in _run_groups(scores, tensors, options, *wanted) if x is not None]
 
 
 def _split(arguments: tuple[Any, ...], tensors: Any, options: Any) -> tuple[Any, Any, tuple[Any, ...]]:
@@ -179,20 +177,23 @@ class Call(NamedTuple):
     want_rewards: bool
     backend: str
 
+    def run(self, scores: tuple[Tensor, ...], want_gradient: bool) -> PairResults | RankResults | list[Tensor]:
+        """(loss, denominator, gradient, rewards): what was not asked for is None, or left out."""
+        tensors, options = self.tensors, self.options
+        if not _plain(tensors, *scores):
+            return self.forward(scores, want_gradient)
+        if isinstance(tensors, PairTensors):
+            second = scores[1] if len(scores) == 2 else None
+            return _run_pairs(scores[0], second, tensors, options, want_gradient, self.want_rewards, self.backend)  # pyright: ignore[reportArgumentType]
+        return _run_groups(scores[0], tensors, options, want_gradient, self.backend)  # pyright: ignore[reportArgumentType]
+
     def forward(self, scores: tuple[Tensor, ...], want_gradient: bool) -> list[Tensor]:
-        tensors, options, backend = self.tensors, self.options, self.backend
-        plain = _plain(tensors, *scores)
-        if isinstance(tensors, RankTensors):
-            assert isinstance(options, RankOptions)
-            if plain:
-                return _run_groups(scores[0], tensors, options, want_gradient, backend)
-            return torch.ops.pyalign.ranked_loss(scores[0], *tensors, *options, want_gradient, backend)
-        assert isinstance(options, PairOptions)
-        first, second = scores if len(scores) == 2 else (scores[0], None)
-        if plain:
-            return _run_pairs(first, second, tensors, options, want_gradient, self.want_rewards, backend)
-        wanted = want_gradient, self.want_rewards, backend
-        return torch.ops.pyalign.pair_loss(first, second, *tensors, *options, *wanted)
+        """[loss, denominator, gradient and rewards if wanted] by the torch.library op."""
+        wanted = (want_gradient, self.want_rewards, self.backend)
+        if isinstance(self.tensors, PairTensors):
+            first, second = scores if len(scores) == 2 else (scores[0], None)
+            return torch.ops.pyalign.pair_loss(first, second, *self.tensors, *self.options, *wanted)
+        return torch.ops.pyalign.ranked_loss(scores[0], *self.tensors, *self.options, want_gradient, self.backend)
 
     def group_offsets(self) -> Tensor | None:
         return self.tensors.group_offsets if isinstance(self.tensors, RankTensors) else None
@@ -207,7 +208,8 @@ class Call(NamedTuple):
     ) -> Sequence[Tensor]:
         """d result / d scores, times ``upstream``: () or, for "none", one per item or group."""
         groups = gradient.dim() == 1
-        score_gradient = _score_gradient if _plain(NO_PAIR_TENSORS, gradient, upstream) else torch.ops.pyalign.score_gradient
+        plain = _plain(NO_PAIR_TENSORS, gradient, upstream)
+        score_gradient = _score_gradient if plain else torch.ops.pyalign.score_gradient
         result = score_gradient(
             gradient[None] if groups else gradient, upstream, denominator, group_offsets, self.size, scores[0].dtype,
             self.backend,
@@ -232,11 +234,11 @@ class _ScoreLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *scores: Tensor) -> Any:
-        loss, denominator, gradient, *rewards = call.forward(scores, True)
+        loss, denominator, gradient, *rewards = call.run(scores, True)
         ctx.call, ctx.scores = call, scores  # backward reads no score: they may change
         ctx.save_for_backward(gradient, denominator, call.group_offsets())
         ctx.set_materialize_grads(False)
-        if not rewards:
+        if not call.want_rewards:
             return loss
         ctx.mark_non_differentiable(*rewards)
         return loss, *rewards
@@ -287,10 +289,11 @@ def loss(call: Call, *scores: Tensor) -> tuple[Tensor, Tensor | None]:
         refuse_forward_mode(x)
     rewards: Any
     if not needs_gradient:
-        value, _, *rewards = call.forward(tuple(x.detach() if x.requires_grad else x for x in scores), False)
+        results = call.run(tuple(x.detach() if x.requires_grad else x for x in scores), False)
+        value, rewards = results[0], results[-1:]
     elif torch.compiler.is_compiling() or functorch_is_active():
         value, _, _, *rewards = _ScoreLossTraced.apply(call, len(scores), *scores, *call.given())
     else:
         results = _ScoreLoss.apply(call, *scores)
         value, *rewards = results if call.want_rewards else (results,)
-    return value, rewards[0] if rewards else None
+    return value, rewards[0] if call.want_rewards else None

@@ -7,6 +7,7 @@ backward; none waits for the host, but where packed groups run on the reference 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from torch import Tensor
 from pyalign import _checks, _ops_ranking
 from pyalign._backends import choose_name
 from pyalign._types import (
+    NO_PAIR_TENSORS,
     REDUCTIONS,
     PairOptions,
     PairTensors,
@@ -131,20 +133,25 @@ def _run_pairs(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss and both sides' rewards, from the backend that serves the scores."""
     dtype = _common_dtype(first, second, tensors.first_reference, tensors.second_reference)
-    scores = [x if x.dtype == dtype else x.to(dtype) for x in (first, second) if x is not None]
+    if first.dtype != dtype:
+        first = first.to(dtype)
+    if second is not None and second.dtype != dtype:
+        second = second.to(dtype)
     if tensors.first_reference is not None:
         references = (tensors.first_reference, tensors.second_reference)
         first_reference, second_reference = (None if x is None else x.detach().to(dtype) for x in references)
         tensors = tensors._replace(first_reference=first_reference, second_reference=second_reference)
-    backend = choose_name(first.device.type, first.device.index, dtype)
+    device = first.device
+    backend = choose_name(device.type, device.index, dtype)
     if backend == "reference":
-        loss, *rewards = _reference.pair_loss(scores[0], scores[1] if len(scores) == 2 else None, tensors, options)
+        loss, *rewards = _reference.pair_loss(first, second, tensors, options)
         return loss, rewards[0], rewards[1]
     call = _ops_ranking.Call(tensors, options, 1, want_rewards, backend)
-    loss, both = _ops_ranking.loss(call, *scores)
-    if both is None:
-        return loss, None, None
-    return loss, both[0], both[1] if len(scores) == 2 else None
+    if second is None:
+        loss, rewards = _ops_ranking.loss(call, first)
+        return loss, None if rewards is None else rewards[0], None
+    loss, rewards = _ops_ranking.loss(call, first, second)
+    return (loss, None, None) if rewards is None else (loss, *rewards.unbind())
 
 
 def _smoothing(value: object, loss_type: str) -> float:
@@ -212,26 +219,49 @@ def pairwise_preference_loss(
     """
     _checks.scores("chosen", chosen)
     _checks.scores("rejected", rejected, chosen)
+    fixed = 0.0 if margin is None or isinstance(margin, Tensor) else margin
+    given = loss_type, scale, fixed, label_smoothing, center_coefficient, reduction
+    options = _checked_before(*given) if _is_hashable(given) else _pairwise_options(*given)
+    tensors = NO_PAIR_TENSORS
+    if not (weight is None and mask is None and num_items is None and (margin is None or fixed is margin)):
+        dtype = accumulation_dtype(_common_dtype(chosen, rejected))
+        tensors = PairTensors(
+            margin=_checks.constant("margin", margin, chosen, dtype) if isinstance(margin, Tensor) else None,
+            weight=None if weight is None else _checks.constant("weight", weight, chosen, dtype),
+            mask=_checks.item_mask("mask", mask, chosen),
+            num_items=_checks.denominator(num_items, reduction, dtype, chosen),
+        )
+    return _run_pairs(chosen, rejected, tensors, options, False)[0]
+
+
+def _pairwise_options(
+    loss_type: str, scale: float, margin: float, label_smoothing: float, center_coefficient: float, reduction: str
+) -> PairOptions:
     _checks.one_of("loss_type", loss_type, PAIRWISE_LOSSES)
     _checks.one_of("reduction", reduction, REDUCTIONS)
-    dtype = accumulation_dtype(_common_dtype(chosen, rejected))
-    per_pair, fixed = _margin(margin, chosen, dtype)
-    tensors = PairTensors(
-        margin=per_pair,
-        weight=None if weight is None else _checks.constant("weight", weight, chosen, dtype),
-        mask=_checks.item_mask("mask", mask, chosen),
-        num_items=_checks.denominator(num_items, reduction, dtype, chosen),
-    )
     center = _checks.number("center_coefficient", center_coefficient, "a finite number >= 0", lambda x: x >= 0)
-    options = pair_options(
+    return pair_options(
         form=loss_type,
         scale=_checks.positive("scale", scale),
-        margin=fixed,
+        margin=_checks.finite("margin", margin),
         label_smoothing=_smoothing(label_smoothing, loss_type),
         center=center,
         reduction=reduction,
     )
-    return _run_pairs(chosen, rejected, tensors, options, False)[0]
+
+
+_checked_before = functools.lru_cache(typed=True)(_pairwise_options)  # a training loop's options don't change
+
+
+def _is_hashable(x: tuple[object, ...]) -> bool:
+    """Whether a cache can hold ``x``; torch.compile goes without."""
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        hash(x)
+    except TypeError:
+        return False
+    return True
 
 
 def _margin(margin: float | Tensor | None, like: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, float]:
