@@ -24,6 +24,7 @@ OPS = (
     "distillation_loss",
     "topk_distillation_loss",
     "topk_logprobs",
+    "token_logprobs",
     "pairwise_preference_loss",
     "ranked_preference_loss",
     "binary_discrimination_loss",
