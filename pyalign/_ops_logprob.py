@@ -155,4 +155,5 @@ def logprobs(call: Call, logits: Tensor, targets: Tensor) -> LogprobResults:
     else:
         results = _Logprobs.apply(logits, targets, call)
         results = results if call.want_entropy else (results,)
-    return LogprobResults(results[0], results[1] if call.want_entropy else None, None)
+    logprob, *entropy = results
+    return LogprobResults(logprob, entropy[0] if entropy else None, None)

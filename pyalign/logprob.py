@@ -63,9 +63,9 @@ def token_logprobs(  # pyright: ignore[reportInconsistentOverload]  # **options 
         (...) log-probs, float32 (float64 for float64 logits), or a pair with the entropies; both take an upstream
         gradient per token.
 
-    A logit of -inf has probability 0 and contributes nothing; a target of probability 0 has log-prob -inf. A row that is
-    all -inf, or holds +inf or NaN, gives NaN for that row alone. (A softcap makes infinities -c and c.) An out-of-range
-    target raises on the CPU and gives NaN for its row on a GPU.
+    A logit of -inf has probability 0 and contributes nothing; a target of probability 0 has log-prob -inf. A row that
+    is all -inf, or holds +inf or NaN, gives NaN for that row alone. (A softcap makes infinities -c and c.) An
+    out-of-range target raises on the CPU and gives NaN for its row on a GPU.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
@@ -115,8 +115,8 @@ def _check_offsets(offsets: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _segment_sums(x: Tensor, offsets: Tensor) -> Tensor:
-    """(B,) float64 sums of x (T,) over the segments, each added up in order. On a GPU, where nobody waits for the values
-    of the offsets, those that don't cut x give NaN, and nothing is read through them."""
+    """(B,) float64 sums of x (T,) over the segments, each added up in order. On a GPU, where nobody waits for the
+    values of the offsets, those that don't cut x give NaN, and nothing is read through them."""
     count = x.shape[0]
     inside = offsets.clamp(0, count).cummax(0).values
     sums = torch.segment_reduce(x.double(), "sum", offsets=inside, axis=0, initial=0, unsafe=True)
