@@ -111,12 +111,12 @@ def logprob_kernel(
     label_smoothing,
     z_loss,
     SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,  # wanted, or needed for its gradient
     SMOOTH: tl.constexpr,  # label_smoothing is not 0
     ALIGN: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    ENTROPY: tl.constexpr = entropy is not None or upstream_entropy is not None
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     vocab = multiple(vocab, ALIGN)
@@ -339,6 +339,7 @@ def _run(
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,
         "SOFTCAP": softcap is not None,
+        "ENTROPY": entropy is not None or upstream_entropy is not None,
         "SMOOTH": label_smoothing > 0.0,
         "ALIGN": align,
         "GROUP": group_size(align, matrices),
