@@ -57,9 +57,9 @@ def tanh_with_slope(x):
     """tanh x and its derivative, from e^(-2 |x|); neither cancels, near 0 or far from it."""
     twice = -2.0 * tl.abs(x)
     e = exp_nonpositive(twice)
-    above = 1.0 + e
-    value = tl.where(in_series(twice), -(twice + phi_series(twice)), 1.0 - e) / above
-    return tl.where(x < 0.0, -value, value), 4.0 * e / (above * above)
+    scale = 1.0 / (1.0 + e)
+    value = tl.where(in_series(twice), -(twice + phi_series(twice)), 1.0 - e) * scale
+    return tl.where(x < 0.0, -value, value), 4.0 * e * (scale * scale)
 
 
 @triton.jit
