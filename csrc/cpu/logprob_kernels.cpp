@@ -28,21 +28,17 @@ void cap_block(const T* x, int64_t count, Softcap<F> softcap, F* y, F* slope) {
     for (int64_t i = 0; i < count; ++i) y[i] = capped_at(softcap, value(x[i]), slope + i);
 }
 
-template <class F>
-PYALIGN_HD F distance_at(F e, F below) {
-    return weigh(e, below);
-}
-
 // The sums of e^((y - origin) / T) and of e^((y - origin) / T) (origin - y), and the max in passing.
 template <class Y, class F>
 LogprobState<F> sum_block(const Y* y, int64_t count, F origin, ScaledExp<F> exp) {
+    constexpr F kFarthest = F(-1e38);  // finite, so that 0 * kFarthest = 0; NaN stays
     F sum = 0, distances = 0, max = std::numeric_limits<F>::lowest();
 #pragma omp simd reduction(+ : sum, distances) reduction(max : max)
     for (int64_t i = 0; i < count; ++i) {
-        const F below = origin - value(y[i]);
-        const F e = exp(-below);
+        const F above = value(y[i]) - origin;
+        const F e = exp(above);
         sum += e;
-        distances += distance_at(e, below);
+        distances -= e * (kFarthest > above ? kFarthest : above);
         max = value(y[i]) > max ? value(y[i]) : max;
     }
     return {{max, sum}, distances};
