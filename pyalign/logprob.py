@@ -124,6 +124,8 @@ def _segment_sums(x: Tensor, offsets: Tensor) -> Tensor:
     """(B,) float64 sums of x (T,) over the segments, each added up in order. On a GPU, where nobody waits for the
     values of the offsets, those that don't cut x give NaN, and nothing is read through them."""
     count = x.shape[0]
+    if count == 0:  # by which torch's kernels for a GPU divide
+        return x.double().sum().repeat(offsets.shape[0] - 1)
     inside = offsets.clamp(0, count).cummax(0).values
     sums = torch.segment_reduce(x.double(), "sum", offsets=inside, axis=0, initial=0, unsafe=True)
     if _may_look(offsets):
