@@ -292,6 +292,18 @@ def functorch_is_active() -> bool:
     return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]  # torch offers no other way
 
 
+def unwatched(*tensors: Tensor | None) -> bool:
+    """Whether nobody watches the ops that these tensors meet: then a raw op may be called without torch's dispatcher,
+    which costs as much as a kernel does for a small batch."""
+    if torch.compiler.is_compiling() or functorch_is_active():
+        return False
+    modes = torch._C._len_torch_dispatch_stack()  # pyright: ignore[reportPrivateUsage]  # torch offers no other way
+    return modes == 0 and all(type(x) in _PLAIN for x in tensors)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
 def refuse_forward_mode(x: Tensor) -> None:
     """Raises for a tensor with a tangent: the kernels would drop it."""
     level: int = forward_ad._current_level  # pyright: ignore[reportPrivateUsage]

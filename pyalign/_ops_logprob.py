@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyalign._ops import FirstOrderOnly, define, functorch_is_active, refuse_forward_mode
+from pyalign._ops import FirstOrderOnly, define, functorch_is_active, refuse_forward_mode, unwatched
 from pyalign._types import LogprobResults, accumulation_dtype
 
 
@@ -84,15 +84,16 @@ class Call(NamedTuple):
 
     def forward(self, logits: Tensor, targets: Tensor, want_state: bool) -> list[Tensor]:
         *options, want_entropy, backend = self
-        return torch.ops.pyalign.logprob(logits, targets, *options, want_entropy, want_state, backend)
+        run = _logprob if unwatched(logits, targets) else torch.ops.pyalign.logprob
+        return run(logits, targets, *options, want_entropy, want_state, backend)
 
     def gradient(self, logits: Tensor, targets: Tensor, state: Tensor, upstreams: tuple[Tensor | None, ...]) -> Tensor:
         """d result / d logits, given d result / d log-probs and d entropies, (N,) each, or None for none."""
         *options, _, backend = self
         upstream_logprob, upstream_entropy = (*upstreams, None)[:2]
-        return torch.ops.pyalign.logprob_gradient(
-            logits, targets, *options, state, upstream_logprob, upstream_entropy, backend
-        )
+        plain = unwatched(logits, targets, state, upstream_logprob, upstream_entropy)
+        run = _logprob_gradient if plain else torch.ops.pyalign.logprob_gradient
+        return run(logits, targets, *options, state, upstream_logprob, upstream_entropy, backend)
 
 
 def _first_order(gradient: Tensor, logits: Tensor, upstreams: tuple[Tensor | None, ...]) -> Any:

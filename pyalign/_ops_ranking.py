@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyalign._ops import FirstOrderOnly, define, functorch_is_active, refuse_forward_mode
+from pyalign._ops import FirstOrderOnly, define, functorch_is_active, refuse_forward_mode, unwatched
 from pyalign._types import PairOptions, PairTensors, RankOptions, RankTensors, accumulation_dtype
 
 
@@ -28,18 +28,6 @@ def engine(name: str) -> Any:
 
 def _contiguous(tensors: Any) -> Any:
     return tensors._make([None if x is None else x.contiguous() for x in tensors])
-
-
-def _plain(*tensors: Tensor | None) -> bool:
-    """Whether nobody watches the ops that these tensors meet: then a raw op may be called without torch's dispatcher,
-    which costs as much as the kernel for the few thousand pairs of a batch."""
-    if torch.compiler.is_compiling() or functorch_is_active():
-        return False
-    modes = torch._C._len_torch_dispatch_stack()  # pyright: ignore[reportPrivateUsage]  # torch offers no other way
-    return modes == 0 and all(type(x) in _PLAIN for x in tensors)
-
-
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
 # Raw ops: scores, what is constant about them, options, what is wanted. They return [loss, denominator, gradient,
@@ -167,7 +155,7 @@ class Call(NamedTuple):
 
     def forward(self, scores: tuple[Tensor, ...], want_gradient: bool) -> list[Tensor]:
         tensors, options, backend = self.tensors, self.options, self.backend
-        plain = _plain(*scores, *tensors)
+        plain = unwatched(*scores, *tensors)
         if isinstance(tensors, RankTensors):
             assert isinstance(options, RankOptions)
             if plain:
@@ -193,7 +181,7 @@ class Call(NamedTuple):
     ) -> list[Tensor]:
         """d result / d scores, times ``upstream``: () or, for "none", one per item or group."""
         groups = gradient.dim() == 1
-        score_gradient = _score_gradient if _plain(gradient, upstream) else torch.ops.pyalign.score_gradient
+        score_gradient = _score_gradient if unwatched(gradient, upstream) else torch.ops.pyalign.score_gradient
         result = score_gradient(
             gradient[None] if groups else gradient, upstream, denominator, group_offsets, self.size, scores[0].dtype,
             self.backend,

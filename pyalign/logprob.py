@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyalign import _checks, _ops_logprob
 from pyalign._backends import choose_name
+from pyalign._ops import unwatched
 from pyalign._types import accumulation_dtype
 from pyalign.reference import logprob as _reference
 
@@ -92,9 +93,7 @@ def token_logprobs(  # pyright: ignore[reportInconsistentOverload]  # **options 
 
 def _may_look(x: Tensor) -> bool:
     """Whether values may be looked at: not on a GPU, where that would mean to wait, nor where somebody traces."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
-        return False
-    return torch._C._len_torch_dispatch_stack() == 0  # pyright: ignore[reportPrivateUsage]  # torch offers no other way
+    return unwatched(x) and x.device.type == "cpu"
 
 
 def _check_offsets(offsets: Tensor, tokens: Tensor) -> Tensor:
