@@ -10,6 +10,7 @@ import torch
 from distill_support import (
     DTYPES,
     KERNELS,
+    ON_GPU,
     Engine,
     every_engine,
     every_kernel,
@@ -373,6 +374,21 @@ def test_a_backward_runs_on_the_backend_of_its_forward(engine: Engine, monkeypat
     with pyalign.backend("reference"):
         total.backward()
     assert used == [engine.name, engine.name]
+
+
+@over(ON_GPU)
+def test_a_cuda_graph_holds_the_log_probs_and_their_gradients(engine: Engine):
+    """Nothing waits for the host, offsets of packed sequences included."""
+    x, target = logits(2, 6, 31, device=engine.device).requires_grad_(), targets(2, 6, vocab=31).to(engine.device)
+    offsets = torch.tensor([0, 3, 3, 10], device=engine.device)
+    with engine():
+        (expected,) = torch.autograd.grad(sequences(x, target, offsets), x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            (gradient,) = torch.autograd.grad(sequences(x, target, offsets), x)
+        for _ in range(3):
+            graph.replay()
+            assert torch.equal(gradient, expected)
 
 
 def test_info_lists_the_op():
