@@ -24,6 +24,7 @@ OPS = (
     "distillation_loss",
     "topk_distillation_loss",
     "topk_logprobs",
+    "token_logprobs",
     "pairwise_preference_loss",
     "ranked_preference_loss",
     "binary_discrimination_loss",
@@ -289,6 +290,22 @@ class _LossTraced(torch.autograd.Function):
 
 def functorch_is_active() -> bool:
     return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]  # torch offers no other way
+
+
+def unwatched(*tensors: Tensor | None) -> bool:
+    """Whether nobody watches the ops that these tensors meet: then a raw op may be called without torch's dispatcher,
+    which costs as much as a kernel does for a small batch."""
+    if torch.compiler.is_compiling() or functorch_is_active():
+        return False
+    if torch._C._len_torch_dispatch_stack():  # pyright: ignore[reportPrivateUsage]  # torch offers no other way
+        return False
+    for x in tensors:  # noqa: SIM110  # half the time of all()
+        if type(x) not in _PLAIN:
+            return False
+    return True
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def refuse_forward_mode(x: Tensor) -> None:

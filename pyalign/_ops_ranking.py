@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyalign._ops import FirstOrderOnly, define, functorch_is_active, refuse_forward_mode
+from pyalign._ops import FirstOrderOnly, define, functorch_is_active, refuse_forward_mode, unwatched
 from pyalign._types import (
     NO_PAIR_TENSORS,
     PairOptions,
@@ -40,22 +40,6 @@ def _contiguous(tensors: Any) -> Any:
     if tensors is NO_PAIR_TENSORS:
         return tensors
     return tensors._make([None if x is None else x.contiguous() for x in tensors])
-
-
-def _plain(tensors: PairTensors | RankTensors, *scores: Tensor) -> bool:
-    """Whether nobody watches the ops that these tensors meet: then a raw op may be called without torch's dispatcher,
-    which costs as much as the kernel for the few thousand pairs of a batch."""
-    if torch.compiler.is_compiling() or functorch_is_active():
-        return False
-    if torch._C._len_torch_dispatch_stack():  # pyright: ignore[reportPrivateUsage]  # torch offers no other way
-        return False
-    for x in scores:
-        if type(x) not in _PLAIN:
-            return False
-    return tensors is NO_PAIR_TENSORS or all(type(x) in _PLAIN for x in tensors)
-
-
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 # Raw ops: scores, what is constant about them, options, what is wanted. They return [loss, denominator, gradient,
@@ -180,7 +164,8 @@ class Call(NamedTuple):
     def run(self, scores: tuple[Tensor, ...], want_gradient: bool) -> PairResults | RankResults | list[Tensor]:
         """(loss, denominator, gradient, rewards): what was not asked for is None, or left out."""
         tensors, options = self.tensors, self.options
-        if not _plain(tensors, *scores):
+        constants = () if tensors is NO_PAIR_TENSORS else tensors
+        if not unwatched(*scores, *constants):
             return self.forward(scores, want_gradient)
         if isinstance(tensors, PairTensors):
             second = scores[1] if len(scores) == 2 else None
@@ -208,8 +193,7 @@ class Call(NamedTuple):
     ) -> Sequence[Tensor]:
         """d result / d scores, times ``upstream``: () or, for "none", one per item or group."""
         groups = gradient.dim() == 1
-        plain = _plain(NO_PAIR_TENSORS, gradient, upstream)
-        score_gradient = _score_gradient if plain else torch.ops.pyalign.score_gradient
+        score_gradient = _score_gradient if unwatched(gradient, upstream) else torch.ops.pyalign.score_gradient
         result = score_gradient(
             gradient[None] if groups else gradient, upstream, denominator, group_offsets, self.size, scores[0].dtype,
             self.backend,

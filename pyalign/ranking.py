@@ -151,7 +151,7 @@ def _run_pairs(
         loss, rewards = _ops_ranking.loss(call, first)
         return loss, None if rewards is None else rewards[0], None
     loss, rewards = _ops_ranking.loss(call, first, second)
-    return (loss, None, None) if rewards is None else (loss, *rewards.unbind())
+    return (loss, None, None) if rewards is None else (loss, rewards[0], rewards[1])
 
 
 def _smoothing(value: object, loss_type: str) -> float:
@@ -262,13 +262,6 @@ def _is_hashable(x: tuple[object, ...]) -> bool:
     except TypeError:
         return False
     return True
-
-
-def _margin(margin: float | Tensor | None, like: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, float]:
-    """A margin per pair, or one for all."""
-    if isinstance(margin, Tensor):
-        return _checks.constant("margin", margin, like, dtype), 0.0
-    return None, 0.0 if margin is None else _checks.finite("margin", margin)
 
 
 def binary_discrimination_loss(

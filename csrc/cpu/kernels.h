@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "common/distill_args.h"
+#include "common/logprob_args.h"
 
 namespace pyalign::cpu {
 
@@ -30,6 +31,8 @@ struct Kernels {
     size_t (*topk_scratch)(const TopKArgs&);
     void (*topk)(const TopKArgs&, Span);
     void (*scale)(void* x, Dtype, int64_t begin, int64_t end, double factor);
+    size_t (*logprob_scratch)(const LogprobArgs&);
+    void (*logprob)(const LogprobArgs&, Span);
 };
 
 constexpr int64_t kBlock = 512;
@@ -48,5 +51,10 @@ void sort_by_value(Entry* entries, int64_t count);  // descending, equals by asc
 void keep_best(Entry* entries, int64_t count, int64_t k);  // the first k become the k largest, the least of them last
 
 const Kernels& kernels();
+
+// Throws for an index that is out of range.
+[[noreturn]] void refuse(const char* name, int64_t row, int64_t value, int64_t limit);
+// Whether a gradient is so large that it leaves the caches before anybody reads it.
+bool is_streamed(const Rows& gradient, const Rows& logits, int64_t elements);
 
 }  // namespace pyalign::cpu

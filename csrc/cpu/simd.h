@@ -27,7 +27,7 @@ PYALIGN_HD std::byte* row_of(const Rows& rows, int64_t row) {
     return static_cast<std::byte*>(rows.data) + rows.start(row) * static_cast<int64_t>(size_of(rows.dtype));
 }
 
-// Elements of arrays in accumulation dtype.
+// Elements of arrays in accumulation dtype; what is put into a null one is dropped.
 template <class F>
 PYALIGN_HD double at(const void* data, int64_t index) {
     return static_cast<double>(static_cast<const F*>(data)[index]);
@@ -35,7 +35,7 @@ PYALIGN_HD double at(const void* data, int64_t index) {
 
 template <class F>
 PYALIGN_HD void put(void* data, int64_t index, double value) {
-    static_cast<F*>(data)[index] = F(value);
+    if (data) static_cast<F*>(data)[index] = F(value);
 }
 
 // Elements as they lie in memory. Loops convert as they read: it costs two instructions, and a converted copy of the
