@@ -7,7 +7,14 @@ kernels, after Askell et al. 2021, *A General Language Assistant as a Laboratory
 from pyalign import distill, nn, ranking
 from pyalign._backends import backend
 from pyalign._version import __version__
-from pyalign.distill import TopKLogprobs, distillation_loss, topk_distillation_loss, topk_logprobs
+from pyalign.distill import (
+    TopKLogprobs,
+    distillation_loss,
+    linear_distillation_loss,
+    linear_topk_distillation_loss,
+    topk_distillation_loss,
+    topk_logprobs,
+)
 from pyalign.ranking import (
     PreferenceOutput,
     binary_discrimination_loss,
@@ -31,6 +38,8 @@ __all__ = [
     "distillation_loss",
     "dpo_loss",
     "kto_loss",
+    "linear_distillation_loss",
+    "linear_topk_distillation_loss",
     "nn",
     "orpo_loss",
     "pairwise_preference_loss",

@@ -24,6 +24,8 @@ OPS = (
     "distillation_loss",
     "topk_distillation_loss",
     "topk_logprobs",
+    "linear_distillation_loss",
+    "linear_topk_distillation_loss",
     "pairwise_preference_loss",
     "ranked_preference_loss",
     "binary_discrimination_loss",

@@ -57,18 +57,18 @@ def reduce(row_loss: Tensor, counted: Tensor, tokens: Tokens) -> Tensor:
     return torch.where(denominator == 0, total * 0.0, total / torch.where(denominator == 0, 1.0, denominator))
 
 
-def _can_raise(x: Tensor) -> bool:
+def can_raise(x: Tensor) -> bool:
     """Whether values may be looked at: not on a GPU, where that would mean to wait, and not in a compiled graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _checked(name: str, index: Tensor, limit: int, relevant: Tensor) -> tuple[Tensor, Tensor]:
+def checked(name: str, index: Tensor, limit: int, relevant: Tensor) -> tuple[Tensor, Tensor]:
     """``index`` with irrelevant and out-of-range entries set to 0, and which rows were out of range.
 
     On the CPU, outside torch.compile, an out-of-range entry raises instead.
     """
     bad = relevant & ((index < 0) | (index >= limit))
-    if _can_raise(index) and bool(bad.any()):
+    if can_raise(index) and bool(bad.any()):
         row = int(bad.nonzero()[0, 0])
         value = int(index[bad][0])
         raise ValueError(f"{name}: row {row} holds {value}; wanted 0 <= {name} < {limit}")
@@ -91,7 +91,7 @@ def _finish(
     if options.hard_weight > 0:
         assert tokens.targets is not None
         has_target = tokens.targets != tokens.ignore_index
-        target, bad_target = _checked("targets", tokens.targets, raw.shape[-1], counted & has_target)
+        target, bad_target = checked("targets", tokens.targets, raw.shape[-1], counted & has_target)
         hard = F.cross_entropy(raw, target, reduction="none").where(has_target, 0.0)
         soft_part = (1.0 - options.hard_weight) * loss if options.hard_weight < 1 else 0.0
         loss = soft_part + options.hard_weight * hard
@@ -125,7 +125,7 @@ def distill(
     other = teacher.detach()[..., : options.vocab].reshape(-1, options.vocab).to(dtype)
     bad = torch.zeros_like(counted)
     if tokens.teacher_rows is not None:
-        index, bad = _checked("teacher_rows", tokens.teacher_rows, other.shape[0], counted)
+        index, bad = checked("teacher_rows", tokens.teacher_rows, other.shape[0], counted)
         other = other[index] if other.shape[0] else raw.detach()
     raw = torch.where(counted[:, None], raw, 0.0)
     other = torch.where(counted[:, None], other, 0.0)
@@ -141,6 +141,16 @@ def log1mexp(x: Tensor) -> Tensor:
     inside = torch.where(x < 0, x, -1.0)
     result = torch.where(near, torch.log(-torch.expm1(inside)), torch.log1p(-torch.exp(inside)))
     return torch.where(x < 0, result, NEG_INF)
+
+
+def duplicates(index: Tensor, present: Tensor, vocab: int) -> Tensor:
+    """(N,) bool: which rows of ``index`` (N, k) hold a present entry twice; on the CPU such a row raises instead."""
+    absent = vocab + torch.arange(index.shape[-1], device=index.device)
+    ordered = torch.where(present, index, absent).sort(-1).values
+    duplicate = (ordered[:, 1:] == ordered[:, :-1]).any(-1)
+    if can_raise(index) and bool(duplicate.any()):
+        raise ValueError(f"teacher.indices: row {int(duplicate.nonzero()[0, 0])} holds an index twice")
+    return duplicate
 
 
 def topk_distill(
@@ -170,7 +180,7 @@ def topk_distill(
     log_rest_p = None if residual is None else residual.detach().reshape(-1).to(dtype)
     bad = torch.zeros_like(counted)
     if tokens.teacher_rows is not None:
-        row, bad = _checked("teacher_rows", tokens.teacher_rows, log_p.shape[0], counted)
+        row, bad = checked("teacher_rows", tokens.teacher_rows, log_p.shape[0], counted)
         if log_p.shape[0] == 0:
             row, log_p, index = row.new_zeros(count), log_p.new_full((1, k), NEG_INF), index.new_full((1, k), -1)
             log_rest_p = None if log_rest_p is None else log_rest_p.new_zeros(1)
@@ -179,12 +189,8 @@ def topk_distill(
 
     # Entries: missing ones have probability zero on both sides.
     present = (index != -1) & counted[:, None]
-    flat_index, bad_index = _checked("teacher.indices", index, vocab, present)
-    ordered = torch.where(present, flat_index, vocab + torch.arange(k, device=index.device)).sort(-1).values
-    duplicate = (ordered[:, 1:] == ordered[:, :-1]).any(-1)
-    if _can_raise(index) and bool(duplicate.any()):
-        raise ValueError(f"teacher.indices: row {int(duplicate.nonzero()[0, 0])} holds an index twice")
-    bad = bad | bad_index.any(-1) | duplicate
+    flat_index, bad_index = checked("teacher.indices", index, vocab, present)
+    bad = bad | bad_index.any(-1) | duplicates(flat_index, present, vocab)
     log_p = torch.where(present, log_p, NEG_INF)
     log_q_all = torch.log_softmax(scaled, -1)
     log_q = torch.where(present, log_q_all.gather(-1, flat_index), NEG_INF)
