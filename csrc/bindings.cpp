@@ -200,11 +200,44 @@ void register_ranking(py::module_& m, PairLossFunction pair_loss, RankedLoss ran
     });
 }
 
+// ---- Log-probs ----
+
+// logits, gradient, (count, targets, ignore_index, given_state, upstream_logprob, upstream_entropy, factor),
+// (vocab, temperature, softcap, label_smoothing, z_loss), (logprob, entropy, state, row_loss)
+LogprobArgs logprob_args(const py::tuple& logits, const py::tuple& gradient, const py::tuple& t, const py::tuple& o,
+                         const py::tuple& out) {
+    return {rows(logits),
+            rows(gradient),
+            t[0].cast<int64_t>(),
+            pointer<const int64_t>(t[1]),
+            t[2].cast<int64_t>(),
+            pointer<const void>(t[3]),
+            pointer<const void>(t[4]),
+            pointer<const void>(t[5]),
+            pointer<const void>(t[6]),
+            {o[0].cast<int64_t>(), o[1].cast<double>(), o[2].cast<double>(), o[3].cast<double>(), o[4].cast<double>()},
+            pointer<void>(out[0]),
+            pointer<void>(out[1]),
+            pointer<void>(out[2]),
+            pointer<void>(out[3])};
+}
+
+template <class Execution, class Logprob>
+void register_logprob(py::module_& m, Logprob logprob) {
+    m.def("logprob", [=](const py::tuple& logits, const py::tuple& gradient, const py::tuple& in,
+                         const py::tuple& option, const py::tuple& out, uintptr_t on) {
+        const LogprobArgs args = logprob_args(logits, gradient, in, option, out);
+        py::gil_scoped_release release;
+        logprob(args, (Execution)on);
+    });
+}
+
 // ---- Modules ----
 
 void register_cpu(py::module_ m) {
     register_ranking<int>(m, cpu::pair_loss, cpu::ranked_loss, cpu::score_gradient);
     register_distill<int>(m, cpu::distill, cpu::topk_distill, cpu::topk, cpu::scale);
+    register_logprob<int>(m, cpu::logprob);
     m.def("isa", cpu::isa);
     m.def("isas", cpu::isas);
 }
@@ -213,6 +246,7 @@ void register_cpu(py::module_ m) {
 void register_cuda(py::module_ m) {
     register_ranking<cudaStream_t>(m, cuda::pair_loss, cuda::ranked_loss, cuda::score_gradient);
     register_distill<cudaStream_t>(m, cuda::distill, cuda::topk_distill, cuda::topk, cuda::scale);
+    register_logprob<cudaStream_t>(m, cuda::logprob);
     m.def("explain_distill", [](int64_t vocab, int dtype, int device) {
         return cuda::explain_distill(vocab, static_cast<Dtype>(dtype), device);
     });

@@ -105,6 +105,12 @@ def expm1_nonpositive(x):
 
 
 @triton.jit
+def weigh(probability, value):
+    """probability * value with 0 * inf = 0: a probability of zero weighs nothing."""
+    return tl.where(probability == 0.0, 0.0, probability * value)
+
+
+@triton.jit
 def log1mexp(x):
     """log(1 - e^x): the log of the mass that log-probabilities with log-sum x leave over; -inf for x >= 0."""
     inside = tl.minimum(x, -1e-30, propagate_nan=tl.PropagateNan.ALL)
@@ -217,6 +223,14 @@ def store_rounded(pointer, value, mask):
         bits += 0x7FFF + ((bits >> 16) & 1)
         value = (bits & -65536).to(tl.float32, bitcast=True)
     tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def clear(pointer, width, BLOCK: tl.constexpr):
+    zero = tl.zeros((BLOCK,), pointer.dtype.element_ty)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        tl.store(pointer + columns, zero, mask=columns < width)
 
 
 @triton.jit

@@ -33,6 +33,7 @@ from .common import (
     access,
     check_dtype,
     checked,
+    clear,
     denominator_of,
     exp_nonpositive,
     exp_scaled,
@@ -62,6 +63,7 @@ from .common import (
     threads,
     token_arguments,
     warp_size,
+    weigh,
 )
 
 MAX_K = 256
@@ -97,12 +99,6 @@ def point(student, teacher, pair, inverse_temperature):
     p = exp_scaled(teacher - teacher_max, inverse_temperature) * teacher_scale
     d = ((student - student_origin) - (teacher - teacher_origin)) * inverse_temperature - log_ratio
     return p, q, tl.where(p + q == 0.0, 0.0, d)
-
-
-@triton.jit
-def weigh(probability, value):
-    """probability * value with 0 * inf = 0: a probability of zero weighs nothing."""
-    return tl.where(probability == 0.0, 0.0, probability * value)
 
 
 @triton.jit
@@ -227,14 +223,6 @@ def hard_slope(student, columns, target, logit, student_max, hard_total):
     scale = tl.where(logit == logit, 1.0 / hard_total, float("nan"))
     q = exp_nonpositive(student - student_max) * scale
     return tl.where(target == -1, 0.0, q - tl.where(columns == target, 1.0, 0.0))
-
-
-@triton.jit
-def clear(pointer, width, BLOCK: tl.constexpr):
-    zero = tl.zeros((BLOCK,), pointer.dtype.element_ty)
-    for start in range(0, width, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        tl.store(pointer + columns, zero, mask=columns < width)
 
 
 @triton.jit(

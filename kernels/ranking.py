@@ -43,6 +43,7 @@ from .common import (
     log_series,
     phi_series,
     store_rounded,
+    weigh,
 )
 
 # Functions
@@ -63,12 +64,6 @@ def log1p_nonnegative(x):
     """log(1 + x) for x >= 0. Where 1 + x < sqrt(2), r is x itself, not 1 + x rounded, less 1."""
     n, r = log_parts(1.0 + x)
     return tl.where(x == x, log_series(n, tl.where(n == 0.0, x, r)), x)
-
-
-@triton.jit
-def weigh(weight, value):
-    """0 * inf = 0."""
-    return tl.where(weight == 0.0, 0.0, weight * value)
 
 
 @triton.jit

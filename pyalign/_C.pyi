@@ -40,6 +40,16 @@ class _Engine:
         /,
     ) -> None: ...
     def scale(self, x: tuple[int, ...], count: int, width: int, factor: int, execution: int, /) -> None: ...
+    def logprob(
+        self,
+        logits: tuple[int, ...],
+        gradient: tuple[int, ...],
+        tensors: tuple[int, ...],
+        options: tuple[Any, ...],
+        outputs: tuple[int, ...],
+        execution: int,
+        /,
+    ) -> None: ...
     def pair_loss(
         self, tensors: tuple[int, ...], options: tuple[Any, ...], outputs: tuple[int, ...], execution: int, /
     ) -> None: ...

@@ -4,7 +4,7 @@ Fused ranked-preference losses, logit-level KL distillation and batched pairwise
 kernels, after Askell et al. 2021, *A General Language Assistant as a Laboratory for Alignment* (arXiv 2112.00861).
 """
 
-from pyalign import distill, nn, ranking
+from pyalign import distill, logprob, nn, ranking
 from pyalign._backends import backend
 from pyalign._version import __version__
 from pyalign.distill import (
@@ -15,6 +15,7 @@ from pyalign.distill import (
     topk_distillation_loss,
     topk_logprobs,
 )
+from pyalign.logprob import sequence_logprobs, token_logprobs
 from pyalign.ranking import (
     PreferenceOutput,
     binary_discrimination_loss,
@@ -40,12 +41,15 @@ __all__ = [
     "kto_loss",
     "linear_distillation_loss",
     "linear_topk_distillation_loss",
+    "logprob",
     "nn",
     "orpo_loss",
     "pairwise_preference_loss",
     "ranked_preference_loss",
     "ranking",
+    "sequence_logprobs",
     "simpo_loss",
+    "token_logprobs",
     "topk_distillation_loss",
     "topk_logprobs",
 ]

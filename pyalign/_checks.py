@@ -51,6 +51,11 @@ def flat(x: Tensor) -> Tensor:
     return x.contiguous().view(-1)
 
 
+def integer_dtype(name: str, x: Tensor) -> None:
+    if x.dtype not in _INTEGERS:
+        refuse(name, x.dtype, "bool or an integer dtype", TypeError)
+
+
 def integers(name: str, x: Tensor, shape: torch.Size, device_of: Tensor) -> Tensor:
     """``x`` as contiguous int64, flat."""
     per_token(name, x, shape, device_of)
@@ -63,6 +68,19 @@ def temperature(name: str, value: float) -> float:
     if not (isinstance(value, (int, float)) and 0.0 < value < math.inf):
         refuse(name, repr(value), "a finite number > 0")
     return float(value)
+
+
+def softcap(name: str, value: float | None) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not (isinstance(value, (int, float)) and 0.0 < value < math.inf):
+        refuse(name, repr(value), "None or a finite number > 0")
+    return float(value)
+
+
+def no_process_group(process_group: object) -> None:
+    if process_group is not None:
+        raise NotImplementedError("process_group: vocabulary-parallel losses are not available in this release")
 
 
 def denominator(num_items: int | Tensor | None, reduction: str, dtype: torch.dtype, like: Tensor) -> Tensor | None:
@@ -228,8 +246,7 @@ def item_mask(name: str, mask: Tensor | None, like: Tensor) -> Tensor | None:
     per_item(name, mask, like)
     if mask.dtype == torch.bool:
         return mask
-    if mask.dtype not in _INTEGERS:
-        refuse(name, mask.dtype, "bool or an integer dtype", TypeError)
+    integer_dtype(name, mask)
     return mask != 0
 
 

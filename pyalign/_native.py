@@ -28,7 +28,7 @@ def pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _rows(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int]]:
+def row_pointers(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int]]:
     """The tensor that holds the rows (``x`` or its one copy) and how C++ finds them in it."""
     if x.is_contiguous():
         return x, (x.data_ptr(), DTYPES[x.dtype], _ONE_STRIDE, 0, x.shape[-1])
@@ -101,7 +101,7 @@ class _Engine(Module):
         want_loss: bool,
         want_metrics: bool,
     ) -> Results:
-        teacher, teacher_rows = _rows(teacher)
+        teacher, teacher_rows = row_pointers(teacher)
         teacher_count = teacher.shape[:-1].numel()
         return self._loss(
             "distill",
@@ -168,12 +168,12 @@ class _Engine(Module):
         count = student.shape[:-1].numel()
         outputs = _Outputs(student, count, tokens, want_loss, want_metrics)
         in_place = gradient is student
-        student, student_rows = _rows(student)
+        student, student_rows = row_pointers(student)
         gradient_rows = (0, 0, 1, 0, 0)
         if in_place:
             gradient_rows = student_rows
         elif gradient is not None:
-            gradient_rows = _rows(gradient)[1]
+            gradient_rows = row_pointers(gradient)[1]
         mask, labels, teacher_index, weight, targets, num_items, upstream, ignore_index, reduction = tokens
         self._call(
             name,
@@ -196,7 +196,7 @@ class _Engine(Module):
 
     def topk(self, logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
         count, dtype = logits.shape[:-1].numel(), accumulation_dtype(logits.dtype)
-        logits, logit_rows = _rows(logits)
+        logits, logit_rows = row_pointers(logits)
         logprobs = torch.empty(count, k, dtype=dtype, device=logits.device)
         indices = torch.empty(count, k, dtype=torch.int64, device=logits.device)
         residual = torch.empty(count, dtype=dtype, device=logits.device)
@@ -207,7 +207,7 @@ class _Engine(Module):
     def scale(self, x: Tensor, factor: Tensor) -> None:
         """x *= factor in place, reading the 0-dim ``factor`` on the device; ``x`` is dense, or rows of two strides."""
         count, width = (1, x.numel()) if x.is_contiguous() else (x.shape[:-1].numel(), x.shape[-1])
-        matrix = (x.data_ptr(), DTYPES[x.dtype], 1, 0, 0) if count == 1 else _rows(x)[1]
+        matrix = (x.data_ptr(), DTYPES[x.dtype], 1, 0, 0) if count == 1 else row_pointers(x)[1]
         self._call("scale", x.device, matrix, count, width, factor.data_ptr())
 
 

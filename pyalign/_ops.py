@@ -26,6 +26,7 @@ OPS = (
     "topk_logprobs",
     "linear_distillation_loss",
     "linear_topk_distillation_loss",
+    "token_logprobs",
     "pairwise_preference_loss",
     "ranked_preference_loss",
     "binary_discrimination_loss",

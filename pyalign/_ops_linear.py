@@ -150,11 +150,11 @@ def _check_indices(tokens: Tokens, counted: Tensor | None, options: Options, tea
     """On a CPU an out-of-range teacher row or target raises, under its number among all tokens."""
     if tokens.teacher_rows is not None:
         assert counted is not None
-        _reference.checked("teacher_rows", tokens.teacher_rows, teacher_count, counted)
+        _reference.checked_index("teacher_rows", tokens.teacher_rows, teacher_count, counted)
     if tokens.targets is not None:
         relevant = tokens.targets != tokens.ignore_index
         relevant = relevant if counted is None else relevant & counted
-        _reference.checked("targets", tokens.targets, options.vocab, relevant)
+        _reference.checked_index("targets", tokens.targets, options.vocab, relevant)
 
 
 def _check_entries(indices: Tensor, tokens: Tokens, counted: Tensor | None, vocab: int) -> None:
@@ -166,7 +166,7 @@ def _check_entries(indices: Tensor, tokens: Tokens, counted: Tensor | None, voca
     present = indices != -1
     if counted is not None and indices.shape[0]:
         present = present & counted[:, None]
-    index, _ = _reference.checked("teacher.indices", indices.long(), vocab, present)
+    index, _ = _reference.checked_index("teacher.indices", indices.long(), vocab, present)
     _reference.duplicates(index, present, vocab)
 
 

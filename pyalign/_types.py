@@ -189,3 +189,14 @@ class RankResults(NamedTuple):
     loss: Tensor  # () or, for "none", (G,)
     denominator: Tensor  # ()
     gradient: Tensor | None  # (N,) accumulation dtype, not divided by the denominator
+
+
+# Log-probs
+
+
+class LogprobResults(NamedTuple):
+    """What rows of logits say about their targets; None for what was not asked for. Accumulation dtype."""
+
+    logprob: Tensor  # (N,) of the target, 0 at ignored ones
+    entropy: Tensor | None  # (N,) of softmax(softcap(logits) / T), 0 at ignored targets
+    state: Tensor | None  # (N, 3) max, sum, entropy (NaN unless wanted): spares a gradient the fold

@@ -79,11 +79,6 @@ def _vocabulary(vocab_size: int | None, student: Tensor, teacher_width: int | No
     return vocab_size
 
 
-def _no_process_group(process_group: object) -> None:
-    if process_group is not None:
-        raise NotImplementedError("process_group: vocabulary-parallel losses are not available in this release")
-
-
 def _run(
     raw: _ops.RawLoss, student: Tensor, teacher: tuple[Any, ...], tokens: Tokens, options: Options,
     inplace: bool, return_metrics: bool,
@@ -185,7 +180,7 @@ def distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **optio
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
         RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
     """
-    _no_process_group(process_group)
+    _checks.no_process_group(process_group)
     _checks.floating("student_logits", student_logits, 1)
     _checks.floating("teacher_logits", teacher_logits, 1)
     _checks.same_device("teacher_logits", teacher_logits, student_logits)
@@ -338,7 +333,7 @@ def topk_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **
             out of range, raises on the CPU and gives NaN for its row on a GPU.
         RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
     """
-    _no_process_group(process_group)
+    _checks.no_process_group(process_group)
     _checks.floating("student_logits", student_logits, 1)
     stored = _check_stored(teacher, tail, student_logits, teacher_rows is not None, temperature)
     vocab = _vocabulary(vocab_size, student_logits, None)

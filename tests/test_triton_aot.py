@@ -52,6 +52,7 @@ KERNELS = {
     "pair_kernel",
     "rank_kernel",
     "gradient_kernel",
+    "logprob_kernel",
     "group_gradient_kernel",
 }
 
@@ -153,6 +154,30 @@ def score_gradient(dtype: str, packed: bool) -> None:
     engine.score_gradient(torch.zeros(1, 4096), upstream, torch.zeros(()), offsets, 1, DTYPES[dtype])
 
 
+def logprob(dtype: str, vocab: int = 128256, softcap: float | None = None) -> None:
+    from pyalign.kernels import logprob as engine
+
+    x, targets = logits(dtype, vocab), torch.zeros(ROWS, dtype=torch.int64)
+    engine.logprob(x, targets, -100, 1.0, softcap, want_entropy=True, want_state=True)
+
+
+def logprob_gradient(dtype: str, vocab: int = 128256, softcap: float | None = None, entropy: bool = True) -> None:
+    from pyalign.kernels import logprob as engine
+
+    x, targets, each = logits(dtype, vocab), torch.zeros(ROWS, dtype=torch.int64), torch.zeros(ROWS)
+    engine.logprob_gradient(
+        x, targets, -100, 1.0, softcap, torch.zeros(ROWS, 3), each, each if entropy else None, torch.empty_like(x)
+    )
+
+
+def cross_entropy(dtype: str, out: str, full: bool = False) -> None:
+    from pyalign.kernels import logprob as engine
+
+    x, targets = logits(dtype), torch.zeros(ROWS, dtype=torch.int64)
+    options = (0.1, 1e-4, 30.0, torch.ones(())) if full else (0.0, 0.0, None, None)
+    engine.cross_entropy(x, targets, -100, *options, x if out == dtype else logits(out))
+
+
 def cases(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """Calls of engine functions, each under a name."""
     for divergence in DIVERGENCES:
@@ -174,6 +199,14 @@ def cases(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"ranked_loss packed {method}", lambda m=method: ranked_loss(m, "float32")
     yield "score_gradient", lambda: score_gradient("bfloat16", packed=False)
     yield "score_gradient packed", lambda: score_gradient("bfloat16", packed=True)
+    yield "logprob", lambda: logprob("bfloat16")
+    yield "logprob float32", lambda: logprob("float32")
+    yield "logprob softcap", lambda: logprob("bfloat16", softcap=30.0)
+    yield "logprob odd", lambda: logprob("bfloat16", 50257)
+    yield "logprob_gradient", lambda: logprob_gradient("bfloat16")
+    yield "cross_entropy", lambda: cross_entropy("bfloat16", "bfloat16")
+    yield "cross_entropy narrowed", lambda: cross_entropy("float32", "bfloat16")
+    yield "cross_entropy full", lambda: cross_entropy("float32", "bfloat16", full=True)
     if not everything:
         return
     for dtype, divergence, full in product(DTYPES, DIVERGENCES, (False, True)):
@@ -191,6 +224,11 @@ def cases(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"pair_loss {form} {dtype} full", lambda a=(form, dtype): pair_loss(*a, full=True)
     for dtype, method, size in product(DTYPES, RANK_METHODS, (4, 4096, None)):
         yield f"ranked_loss {method} {size} {dtype} full", lambda a=(method, dtype, size): ranked_loss(*a, full=True)
+    for dtype, vocab, softcap in product(DTYPES, (4096, 50257, 128256), (None, 30.0)):
+        yield f"logprob {vocab} {softcap} {dtype}", lambda a=(dtype, vocab, softcap): logprob(*a)
+        yield f"logprob_gradient {vocab} {softcap} {dtype}", lambda a=(dtype, vocab, softcap): logprob_gradient(*a)
+    for dtype, out, full in product(DTYPES, DTYPES, (False, True)):
+        yield f"cross_entropy {dtype} {out} {full}", lambda a=(dtype, out, full): cross_entropy(*a)
 
 
 def compile_kernel(kernel: Any, warps: int, arguments: dict[str, Any], target: Any) -> Any:
@@ -260,7 +298,7 @@ def accesses(compiled: Any) -> dict[str, int]:
 
 def report(everything: bool) -> list[dict[str, Any]]:
     """Compiles all kernels of all cases for all targets, each once."""
-    from pyalign.kernels import common, ranking
+    from pyalign.kernels import common, logprob, ranking
     from pyalign.kernels import distill as engine
     from triton.backends.compiler import GPUTarget
 
@@ -270,10 +308,10 @@ def report(everything: bool) -> list[dict[str, Any]]:
     def record(kernel: Any, programs: int, warps: int, **arguments: Any) -> None:
         launches.append((kernel, warps, arguments))
 
-    for module in (common, engine, ranking):
+    for module in (common, engine, ranking, logprob):
         module.launch = record
     for name, (backend, architecture, warp_size) in TARGETS.items():
-        engine.warp_size = lambda device, size=warp_size: size
+        engine.warp_size = logprob.warp_size = lambda device, size=warp_size: size
         seen: set[str] = set()
         for case, call in cases(everything):
             launches.clear()
@@ -338,6 +376,9 @@ def test_registers_suffice(compiled: list[dict[str, Any]]):
         ("topk_distill drop", "topk_distill_kernel", 1),
         ("topk", "lanes_kernel", 0),
         ("scale", "scale_kernel", 0),
+        ("logprob", "logprob_kernel", 1),  # the target's logit
+        ("logprob_gradient", "logprob_kernel", 0),
+        ("cross_entropy", "logprob_kernel", 1),
     ],
 )
 def test_rows_are_read_and_written_in_16_byte_vectors(
@@ -349,7 +390,7 @@ def test_rows_are_read_and_written_in_16_byte_vectors(
     log_probs = 1 if "topk_distill" in case else 0
     assert found["wide ld"] > 0
     assert found["narrow ld"] <= scalars + masks + log_probs
-    if kernel == "lanes_kernel":
+    if kernel == "lanes_kernel" or case == "logprob":
         return
     assert found["wide st"] > 0
     assert found["narrow st"] <= (agreement if "full" in case else 0)

@@ -129,4 +129,19 @@ PYALIGN_HD F expm1_nonpositive(F x) {
     return in_series(x) ? x + phi_series(x) : closed;
 }
 
+// tanh x and its derivative, from e^(-2 |x|); neither cancels, near 0 or far from it.
+template <class F>
+struct Tanh {
+    F value, slope;
+};
+
+template <class F>
+PYALIGN_HD Tanh<F> tanh_with_slope(F x) {
+    const F twice = F(-2) * (x < F(0) ? -x : x);
+    const F e = exp_nonpositive(twice), above = F(1) + e;
+    const F below = in_series(twice) ? -(twice + phi_series(twice)) : F(1) - e;
+    const F value = below / above;
+    return {x < F(0) ? -value : value, F(4) * e / (above * above)};
+}
+
 PYALIGN_END

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/distill_args.h"
+#include "common/logprob_args.h"
 #include "common/ranking_args.h"
 
 namespace pyalign::cpu {
@@ -16,6 +17,9 @@ void topk(const TopKArgs& args, int threads);
 
 // x *= factor[0] for rows of `width`; returns at once where the factor is 1. `factor` has x's accumulation dtype.
 void scale(const Rows& x, int64_t count, int64_t width, const void* factor, int threads);
+
+// Throws std::invalid_argument for an out-of-range target, before anything is written.
+void logprob(const LogprobArgs& args, int threads);
 
 // They throw std::invalid_argument for offsets that don't cut the scores into groups.
 void pair_loss(const PairArgs& args, int threads);

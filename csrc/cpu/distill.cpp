@@ -67,21 +67,7 @@ const Kernels& choose() {
     throw std::invalid_argument(std::string("PYALIGN_CPU_ISA: got '") + wanted + "'; wanted one of " + names);
 }
 
-// ---- Threads ----
-
-// Rows per piece: enough for balance between threads (rows may be masked), and long, so that a row is being fetched
-// while the one before it is worked on.
-int64_t grain_of(int64_t rows, int64_t work_per_row, int threads) {
-    const int64_t least = 1 + 65536 / (work_per_row + 1), fair = rows / (8 * threads);
-    return fair > least ? fair : least;
-}
-
 // ---- Indices ----
-
-[[noreturn]] void refuse(const char* name, int64_t row, int64_t value, int64_t limit) {
-    throw std::invalid_argument(std::string(name) + ": row " + std::to_string(row) + " holds " + std::to_string(value) +
-                                "; wanted 0 <= " + name + " < " + std::to_string(limit));
-}
 
 void check_tokens(const Tokens& tokens, const DistillOptions& options) {
     const bool hard = options.hard_weight > 0;
@@ -155,13 +141,9 @@ void reduce(const Outputs& out, int64_t count, double denominator) {
 // Runs one of the loss kernels over all rows. `Args` is DistillArgs or TopKDistillArgs.
 template <class Args>
 void run_loss(const Args& args, void (*kernel)(const Args&, double, void*, Span), size_t scratch_bytes, int threads) {
-    // A gradient of this size leaves the caches before anybody reads it.
-    constexpr int64_t kStreamBytes = int64_t{16} << 20;
     const Dtype dtype = args.student.dtype;
-    const int64_t count = args.tokens.count, width = args.out.width;
-    const int64_t element = static_cast<int64_t>(size_of(dtype));
-    const bool in_place = args.out.gradient.data == args.student.data;
-    const bool stream = args.out.gradient.data && !in_place && count * width * element > kStreamBytes;
+    const int64_t count = args.tokens.count;
+    const bool stream = is_streamed(args.out.gradient, args.student, count * args.out.width);
     const double denominator = denominator_of(args.tokens, dtype);
     void* const row_loss = args.out.row_loss ? args.out.row_loss : args.out.loss;
     const int64_t grain = grain_of(count, args.options.vocab, threads);
@@ -178,6 +160,17 @@ void run_loss(const Args& args, void (*kernel)(const Args&, double, void*, Span)
 }
 
 }  // namespace
+
+void refuse(const char* name, int64_t row, int64_t value, int64_t limit) {
+    throw std::invalid_argument(std::string(name) + ": row " + std::to_string(row) + " holds " + std::to_string(value) +
+                                "; wanted 0 <= " + name + " < " + std::to_string(limit));
+}
+
+bool is_streamed(const Rows& gradient, const Rows& logits, int64_t elements) {
+    constexpr int64_t kStreamBytes = int64_t{16} << 20;
+    const bool in_place = gradient.data == logits.data;
+    return gradient.data && !in_place && elements * static_cast<int64_t>(size_of(gradient.dtype)) > kStreamBytes;
+}
 
 const Kernels& kernels() {
     static const Kernels& chosen = choose();

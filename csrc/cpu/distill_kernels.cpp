@@ -1,5 +1,6 @@
 // Distillation losses on the CPU, one row of logits at a time. A row is read from memory once, by the fold; the sums
 // and the map find it in the cache, and its exponentials too, unless the row is too long to keep them.
+#include "cpu/logprob_kernels.h"
 #include "cpu/simd.h"
 
 PYALIGN_BEGIN
@@ -737,6 +738,7 @@ void scale(void* x, Dtype dtype, int64_t begin, int64_t end, double factor) {
 #define PYALIGN_STRING(x) #x
 #define PYALIGN_NAME(x) PYALIGN_STRING(x)
 extern const Kernels kKernels;
-const Kernels kKernels = {PYALIGN_NAME(PYALIGN_ISA), distill_scratch, distill, topk_distill, topk, scale};
+const Kernels kKernels = {PYALIGN_NAME(PYALIGN_ISA), distill_scratch, distill, topk_distill, topk, scale,
+                          logprob_scratch,           logprob};
 
 PYALIGN_END

@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "common/distill_args.h"
+#include "common/logprob_args.h"
 
 namespace pyalign::cpu {
 
@@ -29,6 +30,8 @@ struct Kernels {
     void (*topk_distill)(const TopKDistillArgs&, double denominator, void* row_loss, Span);
     void (*topk)(const TopKArgs&, Span);
     void (*scale)(void* x, Dtype, int64_t begin, int64_t end, double factor);
+    size_t (*logprob_scratch)(const LogprobArgs&);
+    void (*logprob)(const LogprobArgs&, Span);
 };
 
 constexpr int64_t kBlock = 512;
@@ -51,5 +54,10 @@ float kth_largest(const float* x, float* scratch, int64_t count, int64_t k);
 double kth_largest(const double* x, double* scratch, int64_t count, int64_t k);
 
 const Kernels& kernels();
+
+// Throws for an index that is out of range.
+[[noreturn]] void refuse(const char* name, int64_t row, int64_t value, int64_t limit);
+// Whether a gradient is so large that it leaves the caches before anybody reads it.
+bool is_streamed(const Rows& gradient, const Rows& logits, int64_t elements);
 
 }  // namespace pyalign::cpu

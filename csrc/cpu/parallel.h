@@ -41,6 +41,13 @@ inline std::byte* scratch(size_t bytes) {
     return memory.get();
 }
 
+// Rows per piece: enough for balance between threads (rows may be masked), and long, so that a row is being fetched
+// while the one before it is worked on.
+inline int64_t grain_of(int64_t rows, int64_t work_per_row, int threads) {
+    const int64_t least = 1 + 65536 / (work_per_row + 1), fair = rows / (8 * threads);
+    return fair > least ? fair : least;
+}
+
 // Calls body(begin, end, scratch) for pieces of [0, rows), `grain` rows each. An exception can't leave a parallel
 // region: the only one possible, of memory, is thrown again outside.
 template <class Body>

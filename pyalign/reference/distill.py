@@ -62,7 +62,7 @@ def can_raise(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def checked(name: str, index: Tensor, limit: int, relevant: Tensor) -> tuple[Tensor, Tensor]:
+def checked_index(name: str, index: Tensor, limit: int, relevant: Tensor) -> tuple[Tensor, Tensor]:
     """``index`` with irrelevant and out-of-range entries set to 0, and which rows were out of range.
 
     On the CPU, outside torch.compile, an out-of-range entry raises instead.
@@ -91,7 +91,7 @@ def _finish(
     if options.hard_weight > 0:
         assert tokens.targets is not None
         has_target = tokens.targets != tokens.ignore_index
-        target, bad_target = checked("targets", tokens.targets, raw.shape[-1], counted & has_target)
+        target, bad_target = checked_index("targets", tokens.targets, raw.shape[-1], counted & has_target)
         hard = F.cross_entropy(raw, target, reduction="none").where(has_target, 0.0)
         soft_part = (1.0 - options.hard_weight) * loss if options.hard_weight < 1 else 0.0
         loss = soft_part + options.hard_weight * hard
@@ -125,7 +125,7 @@ def distill(
     other = teacher.detach()[..., : options.vocab].reshape(-1, options.vocab).to(dtype)
     bad = torch.zeros_like(counted)
     if tokens.teacher_rows is not None:
-        index, bad = checked("teacher_rows", tokens.teacher_rows, other.shape[0], counted)
+        index, bad = checked_index("teacher_rows", tokens.teacher_rows, other.shape[0], counted)
         other = other[index] if other.shape[0] else raw.detach()
     raw = torch.where(counted[:, None], raw, 0.0)
     other = torch.where(counted[:, None], other, 0.0)
@@ -180,7 +180,7 @@ def topk_distill(
     log_rest_p = None if residual is None else residual.detach().reshape(-1).to(dtype)
     bad = torch.zeros_like(counted)
     if tokens.teacher_rows is not None:
-        row, bad = checked("teacher_rows", tokens.teacher_rows, log_p.shape[0], counted)
+        row, bad = checked_index("teacher_rows", tokens.teacher_rows, log_p.shape[0], counted)
         if log_p.shape[0] == 0:
             row, log_p, index = row.new_zeros(count), log_p.new_full((1, k), NEG_INF), index.new_full((1, k), -1)
             log_rest_p = None if log_rest_p is None else log_rest_p.new_zeros(1)
@@ -189,7 +189,7 @@ def topk_distill(
 
     # Entries: missing ones have probability zero on both sides.
     present = (index != -1) & counted[:, None]
-    flat_index, bad_index = checked("teacher.indices", index, vocab, present)
+    flat_index, bad_index = checked_index("teacher.indices", index, vocab, present)
     bad = bad | bad_index.any(-1) | duplicates(flat_index, present, vocab)
     log_p = torch.where(present, log_p, NEG_INF)
     log_q_all = torch.log_softmax(scaled, -1)

@@ -1,0 +1,291 @@
+// Log-probs, entropies, cross-entropies and their gradients on the CPU, one row of logits at a time. A row is read from
+// memory once: the map finds it in the cache, and a loss's exponentials too, unless the row is too long to keep them.
+#include "cpu/logprob_kernels.h"
+
+#include "common/logprob.h"
+#include "cpu/simd.h"
+
+PYALIGN_BEGIN
+namespace {
+
+using cpu::Span;
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+// ---- Blocks: the bodies of the loops stand outside, see distill_kernels.cpp ----
+
+template <class F>
+PYALIGN_HD F capped_at(Softcap<F> softcap, F x, F* slope) {
+    const Tanh<F> tanh = softcap.tanh(x);
+    *slope = tanh.slope;
+    return softcap.cap * tanh.value;
+}
+
+// y and dy/dx of a block.
+template <class T, class F>
+void cap_block(const T* x, int64_t count, Softcap<F> softcap, F* y, F* slope) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) y[i] = capped_at(softcap, value(x[i]), slope + i);
+}
+
+template <class F>
+PYALIGN_HD F distance_at(F e, F below) {
+    return weigh(e, below);
+}
+
+// The sums of e^((y - max) / T) and of e^((y - max) / T) (max - y), for y <= max.
+template <class Y, class F>
+Softmax<F> sum_block(const Y* y, int64_t count, F max, ScaledExp<F> exp, F* distance) {
+    F sum = 0, distances = 0;
+#pragma omp simd reduction(+ : sum, distances)
+    for (int64_t i = 0; i < count; ++i) {
+        const F below = max - value(y[i]);
+        const F e = exp(-below);
+        sum += e;
+        distances += distance_at(e, below);
+    }
+    *distance = distances;
+    return {max, sum};
+}
+
+template <class Y, class F>
+F sum_above(const Y* y, int64_t count, F target) {
+    F sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < count; ++i) sum += value(y[i]) - target;
+    return sum;
+}
+
+// gradient = q mass + all, from e = e^((y - origin) / T) and q = e scale.
+template <class F>
+void map_kept(const F* e, int64_t count, F scaled_mass, F all, F* gradient) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) gradient[i] = e[i] * scaled_mass + all;
+}
+
+template <class F>
+PYALIGN_HD F slope_at(Slope<F> slope, LogprobRow<F> row, F scale, F e, F y) {
+    return slope.at(e * scale, row.logprob(y));
+}
+
+template <class Y, class F>
+void map_block(const Y* y, int64_t count, const LogprobRow<F>& row, Slope<F> slope, ScaledExp<F> exp, F* gradient) {
+    const LogprobRow<F> r = row;
+    const F max = r.max, scale = F(1) / r.sum, scaled_mass = scale * slope.mass, all = slope.all;
+    if (slope.surprise == F(0)) {
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) gradient[i] = exp(value(y[i]) - max) * scaled_mass + all;
+    } else {
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i)
+            gradient[i] = slope_at(slope, r, scale, exp(value(y[i]) - max), value(y[i]));
+    }
+}
+
+// ---- Rows ----
+
+template <class F>
+double at(const void* data, int64_t index) {
+    return static_cast<double>(static_cast<const F*>(data)[index]);
+}
+
+template <class F>
+void put(void* data, int64_t index, double value) {
+    if (data) static_cast<F*>(data)[index] = F(value);
+}
+
+template <class F>
+void put_state(void* data, int64_t row, Softmax<double> state, double entropy) {
+    put<F>(data, 3 * row, state.max);
+    put<F>(data, 3 * row + 1, state.sum);
+    put<F>(data, 3 * row + 2, entropy);
+}
+
+template <class F>
+void write_ignored(const LogprobArgs& args, int64_t row) {
+    put<F>(args.logprob, row, 0);
+    put<F>(args.entropy, row, 0);
+    put_state<F>(args.state, row, {0, 1}, 0);
+    put<F>(args.row_loss, row, 0);
+    if (args.gradient.data)
+        std::memset(row_of(args.gradient, row), 0,
+                    static_cast<size_t>(args.options.vocab) * size_of(args.gradient.dtype));
+}
+
+int64_t next_counted(const LogprobArgs& args, int64_t row, int64_t end) {
+    while (++row < end)
+        if (args.targets[row] != args.ignore_index) return row;
+    return -1;
+}
+
+// What a row's fold comes to. `distance` and `above` are there where they were asked for.
+struct Folded {
+    LogprobState<double> state;
+    double above = 0;  // sum y - y_target
+};
+
+// One thread's rows.
+template <class T>
+class LogprobRows {
+  public:
+    using F = ValueOf<T>;
+
+    LogprobRows(const LogprobArgs& args, Span span)
+        : args_(args),
+          span_(span),
+          inverse_temperature_(1 / args.options.temperature),
+          exp_(inverse_temperature_),
+          softcap_(args.options.softcap) {
+        if (args.row_loss && args.gradient.data) kept_ = KeptRow<F>::in(span.scratch, args.options.vocab);
+    }
+
+    void run() {
+        for (int64_t row = span_.begin; row < span_.end; ++row) {
+            if (args_.targets[row] == args_.ignore_index) {
+                write_ignored<F>(args_, row);
+                continue;
+            }
+            ahead_.start(args_.logits, row, next_counted(args_, row, span_.end), args_.options.vocab);
+            one(row, reinterpret_cast<const T*>(row_of(args_.logits, row)), args_.targets[row]);
+        }
+        if (span_.stream) finish_streams();
+    }
+
+  private:
+    void one(int64_t row, const T* logits, int64_t target) {
+        const LogprobOptions& options = args_.options;
+        F ignored_slope;
+        const F logit = value(logits[target]);
+        const F y = softcap_.caps() ? capped_at(softcap_, logit, &ignored_slope) : logit;
+
+        // Fold
+        Folded folded;
+        double entropy = kNaN;
+        const bool given = args_.given_state != nullptr;
+        if (given) {
+            folded.state.softmax = {at<F>(args_.given_state, 3 * row), at<F>(args_.given_state, 3 * row + 1)};
+            entropy = at<F>(args_.given_state, 3 * row + 2);
+        } else {
+            folded = fold(logits, y);
+        }
+        const LogprobRow<double> result(folded.state.softmax, inverse_temperature_);
+        if (wants_entropy() && !given) entropy = result.entropy(folded.state.distance);
+
+        // Finish
+        put<F>(args_.logprob, row, result.logprob(double(y)));
+        put<F>(args_.entropy, row, entropy);
+        put_state<F>(args_.state, row, {result.max, result.sum}, entropy);
+        if (args_.row_loss) {
+            const double above = folded.above * inverse_temperature_ / double(options.vocab);
+            put<F>(args_.row_loss, row,
+                   cross_entropy(result, double(y), above, options.label_smoothing, options.z_loss));
+        }
+        if (args_.gradient.data) map(row, logits, target, folded.state.softmax, result, slope(row, result, entropy));
+    }
+
+    bool wants_entropy() const { return args_.entropy || args_.upstream_entropy; }
+
+    // Calls body(y) for the entries [first, first + count): the logits themselves, or capped ones.
+    template <class Body>
+    void with_block(const T* logits, int64_t first, int64_t count, Body body) {
+        if (!softcap_.caps()) return body(logits + first);
+        cap_block(logits + first, count, softcap_, capped_, cap_slope_);
+        body(static_cast<const F*>(capped_));
+    }
+
+    Folded fold(const T* logits, F target) {
+        Folded folded;
+        LogprobState<double>& state = folded.state;
+        const bool distances = wants_entropy(), aboves = args_.options.label_smoothing > 0;
+        for (int64_t first = 0; first < args_.options.vocab; first += kBlock) {
+            const int64_t count = minimum(kBlock, args_.options.vocab - first);
+            ahead_.fold(first);
+            with_block(logits, first, count, [&](const auto* y) {
+                const F top = max_of(y, count);
+                if (double(top) > state.softmax.max) state = raise(state, double(top), inverse_temperature_);
+                const F max = F(state.softmax.max);
+                F distance = 0;
+                if (distances) {
+                    state.softmax.sum += double(sum_block(y, count, max, exp_, &distance).sum);
+                    state.distance += double(distance);
+                } else if (kept_.exp) {
+                    state.softmax.sum += double(sum_exp(y, count, max, exp_, kept_.exp + first).sum);
+                    kept_.origins[first / kBlock] = state.softmax.max;
+                } else {
+                    state.softmax.sum += double(sum_exp(y, count, max, exp_).sum);
+                }
+                if (aboves) folded.above += double(sum_above(y, count, target));
+            });
+        }
+        return folded;
+    }
+
+    // d result / d z of this row.
+    Slope<double> slope(int64_t row, const LogprobRow<double>& result, double entropy) const {
+        if (args_.row_loss) {
+            const double factor = args_.factor ? at<F>(args_.factor, 0) : 1;
+            return factor * cross_entropy_slope(result, args_.options.label_smoothing, args_.options.z_loss,
+                                                double(args_.options.vocab));
+        }
+        return logprob_slope(args_.upstream_logprob ? at<F>(args_.upstream_logprob, row) : 0.0,
+                             args_.upstream_entropy ? at<F>(args_.upstream_entropy, row) : 0.0, entropy);
+    }
+
+    void map(int64_t row, const T* logits, int64_t target, Softmax<double> state, const LogprobRow<double>& result,
+             Slope<double> of_z) {
+        const int64_t vocab = args_.options.vocab;
+        const Slope<double> of_y = inverse_temperature_ * of_z;
+        const Slope<F> slope{F(of_y.target), F(of_y.mass), F(of_y.surprise), F(of_y.all)};
+        const LogprobRow<F> narrow(Softmax<F>{F(result.max), F(result.sum)}, F(inverse_temperature_));
+        RowWriter<F> writer(row_of(args_.gradient, row), args_.gradient.dtype, span_.stream);
+        for (int64_t first = 0; first < vocab; first += kBlock) {
+            const int64_t count = minimum(kBlock, vocab - first);
+            F* const gradient = writer.block();
+            ahead_.map();
+            if (kept_.exp) {
+                const double origin = kept_.origins[first / kBlock];
+                const double scale = rescale(origin, state.max, inverse_temperature_) / result.sum;
+                if (softcap_.caps()) cap_block(logits + first, count, softcap_, capped_, cap_slope_);
+                map_kept(kept_.exp + first, count, F(of_y.mass * scale), slope.all, gradient);
+            } else {
+                with_block(logits, first, count,
+                           [&](const auto* y) { map_block(y, count, narrow, slope, exp_, gradient); });
+            }
+            if (target >= first && target < first + count) gradient[target - first] += slope.target;
+            if (softcap_.caps()) {
+#pragma omp simd
+                for (int64_t i = 0; i < count; ++i) gradient[i] *= cap_slope_[i];
+            }
+            writer.write(count);
+        }
+        writer.finish(vocab, vocab);
+    }
+
+    const LogprobArgs& args_;
+    const Span span_;
+    const double inverse_temperature_;
+    const ScaledExp<F> exp_;
+    const Softcap<F> softcap_;
+    KeptRow<F> kept_;
+    Ahead ahead_;
+    alignas(64) F capped_[kBlock], cap_slope_[kBlock];
+};
+
+}  // namespace
+
+void logprob(const LogprobArgs& args, Span span) {
+    switch (args.logits.dtype) {
+        case Dtype::kFloat32: return LogprobRows<float>(args, span).run();
+        case Dtype::kBFloat16: return LogprobRows<BFloat16>(args, span).run();
+        case Dtype::kFloat16: return LogprobRows<Float16>(args, span).run();
+        case Dtype::kFloat64: return LogprobRows<double>(args, span).run();
+    }
+}
+
+size_t logprob_scratch(const LogprobArgs& args) {
+    if (!args.row_loss || !args.gradient.data) return 0;
+    const int64_t vocab = args.options.vocab;
+    return args.logits.dtype == Dtype::kFloat64 ? KeptRow<double>::bytes(vocab) : KeptRow<float>::bytes(vocab);
+}
+
+PYALIGN_END
