@@ -15,7 +15,7 @@ from pyalign.distill import (
     topk_distillation_loss,
     topk_logprobs,
 )
-from pyalign.logprob import sequence_logprobs, token_logprobs
+from pyalign.logprob import linear_cross_entropy, linear_token_logprobs, sequence_logprobs, token_logprobs
 from pyalign.ranking import (
     PreferenceOutput,
     binary_discrimination_loss,
@@ -39,7 +39,9 @@ __all__ = [
     "distillation_loss",
     "dpo_loss",
     "kto_loss",
+    "linear_cross_entropy",
     "linear_distillation_loss",
+    "linear_token_logprobs",
     "linear_topk_distillation_loss",
     "logprob",
     "nn",

@@ -117,10 +117,19 @@ def projection(
     if bias is not None:
         floating(prefix + "bias", bias, 1)
         if bias.shape != weight.shape[:1]:
-            refuse(prefix + "bias", f"shape {tuple(bias.shape)}", f"({weight.shape[0]},), one per row of {prefix}weight")
+            refuse(
+                prefix + "bias", f"shape {tuple(bias.shape)}", f"({weight.shape[0]},), one per row of {prefix}weight"
+            )
         _same_place(prefix + "bias", bias, prefix + "hidden", hidden)
-    if softcap is not None:
-        positive(prefix + "softcap", softcap)
+    _softcap(prefix + "softcap", softcap)
+
+
+_softcap = softcap
+
+
+def flat_rows(x: Tensor) -> Tensor:
+    """(..., H) as (N, H)."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _same_place(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
@@ -130,7 +139,7 @@ def _same_place(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks products for; None outside it, and for float64, which it leaves alone."""
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, Tensor) or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
         return None
     return torch.get_autocast_dtype(x.device.type)
 

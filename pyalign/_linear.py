@@ -432,11 +432,10 @@ def run(
 
     # What no chunk writes: results and gradients of tokens that don't count are 0, and so are gradients of no tokens.
     # Should more tokens count than num_valid says, those left out are NaN.
-    left_out = math.nan if tokens.index is not None and tokens.mask is not None else 0.0
-    results: list[Tensor] = []
-    for dtype in result_dtypes:
-        x = torch.zeros(count, dtype=dtype, device=device)
-        results.append(x.masked_fill_(tokens.mask, left_out) if left_out and dtype.is_floating_point else x)
+    results = [torch.zeros(count, dtype=dtype, device=device) for dtype in result_dtypes]
+    if tokens.index is not None and tokens.mask is not None:
+        for x in results:
+            x.masked_fill_(tokens.mask, math.nan if x.is_floating_point() else 0)
     hidden_gradient = weight_sum = bias_sum = None
     if wanted.hidden:
         hidden_gradient = torch.empty(head.hidden.shape, dtype=head.hidden.dtype, device=device)

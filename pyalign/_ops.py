@@ -26,6 +26,8 @@ OPS = (
     "topk_logprobs",
     "linear_distillation_loss",
     "linear_topk_distillation_loss",
+    "linear_token_logprobs",
+    "linear_cross_entropy",
     "token_logprobs",
     "pairwise_preference_loss",
     "ranked_preference_loss",

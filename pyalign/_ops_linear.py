@@ -8,15 +8,17 @@ the device. float16 and "none" compute the logits again in backward.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyalign import _linear
-from pyalign._backends import engine
+from pyalign._backends import engine as distill_engine
 from pyalign._linear import Buffers, Layout, Products, Projection, Selection, Settings, Wanted, cut
 from pyalign._ops import FirstOrderOnly, define, functorch_is_active, refuse_forward_mode
+from pyalign._ops_logprob import engine
 from pyalign._types import Options, Tokens, accumulation_dtype
 from pyalign.reference import distill as _reference
 
@@ -106,6 +108,60 @@ class _TopKDistill(NamedTuple):
             logits, logprobs, indices, residual, tail, each, self.options,
             gradient=gradient, want_loss=want_loss, want_metrics=self.want_metrics,
         )  # fmt: skip
+
+
+class _CrossEntropy(NamedTuple):
+    """Cross-entropy of targets, with label smoothing and a z-loss; the soft cap is the kernel's."""
+
+    engine: Any
+    targets: Tensor
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    factor: Tensor  # d result / d loss of a token: () or (N,)
+
+    def reserve(self, layout: Layout, gathers: bool) -> None:
+        pass
+
+    def run(
+        self, logits: Tensor, tokens: Selection, buffers: Buffers, gradient: Tensor | None, want_loss: bool
+    ) -> tuple[Tensor | None, ...]:
+        per_token = self.factor.dim() == 1
+        loss = self.engine.cross_entropy(
+            logits, tokens.of(self.targets), self.ignore_index, self.label_smoothing, self.z_loss, self.softcap,
+            None if per_token else self.factor, gradient,
+        )  # fmt: skip
+        if per_token and gradient is not None:
+            gradient.mul_(tokens.of(self.factor)[:, None])
+        return (loss,)
+
+
+class _Logprob(NamedTuple):
+    """Log-probs and entropies, or the gradient of both; the soft cap is the kernel's."""
+
+    engine: Any
+    targets: Tensor
+    ignore_index: int
+    temperature: float
+    softcap: float | None
+    upstreams: tuple[Tensor | None, Tensor | None]  # (N,) of the log-probs and of the entropies
+    want_entropy: bool
+
+    def reserve(self, layout: Layout, gathers: bool) -> None:
+        pass
+
+    def run(
+        self, logits: Tensor, tokens: Selection, buffers: Buffers, gradient: Tensor | None, want_loss: bool
+    ) -> tuple[Tensor | None, ...]:
+        options = (self.ignore_index, self.temperature, self.softcap)
+        targets = tokens.of(self.targets)
+        if gradient is None:
+            logprob, entropy, _ = self.engine.logprob(logits, targets, *options, self.want_entropy, False)
+            return logprob, entropy
+        upstreams = [tokens.maybe(x) for x in self.upstreams]
+        self.engine.logprob_gradient(logits, targets, *options, None, *upstreams, gradient)
+        return None, None
 
 
 # Raw ops: (hidden, weight, bias, softcap, *what the loss needs, *settings, want_loss, want_hidden, want_weight,
@@ -199,7 +255,7 @@ def _outputs(parsed: _Parsed, loss: Tensor | None, outcome: _linear.Outcome, ext
 
 def _fake_gradients(parsed: _Parsed) -> list[Tensor]:
     operands = zip(parsed.head[:3], parsed.wanted[1:], strict=True)
-    return [x.new_empty(x.shape) for x, wanted in operands if wanted]
+    return [x.new_empty(x.shape) for x, wanted in operands if wanted and x is not None]
 
 
 def _distillation(arguments: tuple[Any, ...], top_k: bool) -> list[Tensor]:
@@ -220,12 +276,12 @@ def _distillation(arguments: tuple[Any, ...], top_k: bool) -> list[Tensor]:
         _check_entries(indices, tokens, counted, options.vocab)
         residual = None if residual is None else residual.contiguous()
         stored = (logprobs.contiguous(), indices.contiguous(), residual, tail)
-        loss = _TopKDistill(engine(parsed.backend), stored, *shared)
+        loss = _TopKDistill(distill_engine(parsed.backend), stored, *shared)
     else:
         side = cut(Projection(*teacher), options.vocab)
         if side.hidden.shape[0] == 0:  # no row can be matched
             side = side._replace(hidden=side.hidden.new_zeros(1, side.hidden.shape[1]))
-        loss = _Distill(engine(parsed.backend), Products(side, parsed.settings, "teacher_"), *shared)
+        loss = _Distill(distill_engine(parsed.backend), Products(side, parsed.settings, "teacher_"), *shared)
     dtype = accumulation_dtype(parsed.settings.logits_dtype)
     outcome = _linear.run(
         cut(head, options.vocab), loss, counted, parsed.settings, parsed.wanted, [dtype, dtype, torch.bool]
@@ -247,34 +303,90 @@ def _distillation_fake(arguments: tuple[Any, ...]) -> list[Tensor]:
     return results
 
 
-def _isolated(arguments: tuple[Any, ...]) -> tuple[torch.autocast, tuple[Any, ...]]:
-    """No autocast and no graph inside: the op decides its dtypes, and has its own derivative."""
-    device_type = arguments[0].device.type
-    detached = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
-    return torch.autocast(device_type, enabled=False), detached
+def _cross_entropy(arguments: tuple[Any, ...]) -> list[Tensor]:
+    parsed = _parse(arguments)
+    head = parsed.head
+    targets, num_items, upstream, ignore_index, label_smoothing, z_loss, reduction = parsed.loss
+    counted = targets != ignore_index
+    _reference.checked_index("targets", targets, head.weight.shape[0], counted)
+    denominator = _denominator(Tokens(num_items=num_items, reduction=reduction), counted, head.hidden)
+    factor = _factor(upstream, denominator, head.hidden)
+    rows = engine(parsed.backend)
+    loss = _CrossEntropy(rows, targets, ignore_index, label_smoothing, z_loss, head.softcap, factor)
+    dtype = accumulation_dtype(parsed.settings.logits_dtype)
+    bare = head._replace(softcap=None)
+    outcome = _linear.run(bare, loss, counted, parsed.settings, parsed.wanted, [dtype])
+    total = _reduce(outcome.results[0], reduction, denominator) if parsed.wanted.loss else None
+    return _outputs(parsed, total, outcome, [])
 
 
-def _linear_distill(*arguments: Any) -> list[Tensor]:
-    context, arguments = _isolated(arguments)
-    with context, torch.no_grad():
-        return _distillation(arguments, top_k=False)
+def _cross_entropy_fake(arguments: tuple[Any, ...]) -> list[Tensor]:
+    parsed = _parse(arguments)
+    hidden, dtype = parsed.head.hidden, accumulation_dtype(parsed.settings.logits_dtype)
+    shape = (hidden.shape[0],) if parsed.loss[-1] == "none" else ()
+    loss = [hidden.new_empty(shape, dtype=dtype)] if parsed.wanted.loss else []
+    return loss + _fake_gradients(parsed)
 
 
-def _linear_topk_distill(*arguments: Any) -> list[Tensor]:
-    context, arguments = _isolated(arguments)
-    with context, torch.no_grad():
-        return _distillation(arguments, top_k=True)
+def _logprobs(arguments: tuple[Any, ...]) -> list[Tensor]:
+    parsed = _parse(arguments)
+    head = parsed.head
+    targets, upstream_logprob, upstream_entropy, ignore_index, temperature = parsed.loss
+    counted = targets != ignore_index
+    _reference.checked_index("targets", targets, head.weight.shape[0], counted)
+    upstreams = (upstream_logprob, upstream_entropy)
+    rows = engine(parsed.backend)
+    loss = _Logprob(rows, targets, ignore_index, temperature, head.softcap, upstreams, parsed.want_extra)
+    dtype = accumulation_dtype(parsed.settings.logits_dtype)
+    bare = head._replace(softcap=None)
+    outcome = _linear.run(bare, loss, counted, parsed.settings, parsed.wanted, [dtype, dtype])
+    logprob, entropy = outcome.results
+    return _outputs(parsed, logprob if parsed.wanted.loss else None, outcome, [entropy] if parsed.want_extra else [])
 
 
-define(
+def _logprobs_fake(arguments: tuple[Any, ...]) -> list[Tensor]:
+    parsed = _parse(arguments)
+    hidden, dtype = parsed.head.hidden, accumulation_dtype(parsed.settings.logits_dtype)
+    logprob, entropy = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(2))
+    loss = [logprob] if parsed.wanted.loss else []
+    return loss + _fake_gradients(parsed) + ([entropy] if parsed.want_extra else [])
+
+
+_Body = Callable[[tuple[Any, ...]], list[Tensor]]
+
+
+def _define(signature: str, body: _Body, fake: _Body) -> None:
+    """Defines a raw op. No autocast and no graph inside: it decides its dtypes, and has its own derivative."""
+
+    def run(*arguments: Any) -> list[Tensor]:
+        detached = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
+        with torch.autocast(arguments[0].device.type, enabled=False), torch.no_grad():
+            return body(detached)
+
+    define(signature, run, lambda *arguments: fake(arguments))
+
+
+_define(
     f"linear_distill({_HEAD}, {_TEACHER_HEAD}, {_TOKENS}, {_OPTIONS}, {_SETTINGS}, {_WANTED}) -> Tensor[]",
-    _linear_distill,
-    lambda *arguments: _distillation_fake(arguments),
+    lambda arguments: _distillation(arguments, top_k=False),
+    _distillation_fake,
 )
-define(
+_define(
     f"linear_topk_distill({_HEAD}, {_TEACHER_TOP_K}, {_TOKENS}, {_OPTIONS}, {_SETTINGS}, {_WANTED}) -> Tensor[]",
-    _linear_topk_distill,
-    lambda *arguments: _distillation_fake(arguments),
+    lambda arguments: _distillation(arguments, top_k=True),
+    _distillation_fake,
+)
+_define(
+    f"linear_cross_entropy({_HEAD}, Tensor targets, Tensor? num_items, Tensor? upstream, int ignore_index, "
+    f"float label_smoothing, float z_loss, str reduction, {_SETTINGS}, {_WANTED}) -> Tensor[]",
+    _cross_entropy,
+    _cross_entropy_fake,
+)
+_define(
+    f"linear_logprob({_HEAD}, Tensor targets, Tensor? upstream_logprob, Tensor? upstream_entropy, int ignore_index, "
+    f"float temperature, {_SETTINGS}, {_WANTED}) -> Tensor[]",
+    _logprobs,
+    _logprobs_fake,
 )
 
 
@@ -422,4 +534,8 @@ def loss(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tup
     return results if call.want_extra else (results,)
 
 
-DISTILL_UPSTREAM = 1 + 4 + Tokens._fields.index("upstream")
+# Places in Call.arguments, which begin with the softcap, of upstream gradients.
+DISTILL_UPSTREAMS = (1 + 4 + Tokens._fields.index("upstream"),)
+CROSS_ENTROPY_UPSTREAMS = (3,)
+LOGPROB_UPSTREAMS = (2,)
+LOGPROB_AND_ENTROPY_UPSTREAMS = (2, 3)

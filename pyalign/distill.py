@@ -259,9 +259,7 @@ def _check_teacher(teacher: TopKLogprobs, student: Tensor, by_row: bool) -> None
     _checks.same_device("teacher.indices", indices, student)
 
 
-def _check_stored(
-    teacher: TopKLogprobs, tail: str, student: Tensor, by_row: bool, temperature: float | None
-) -> float:
+def _check_stored(teacher: TopKLogprobs, tail: str, student: Tensor, by_row: bool, temperature: float | None) -> float:
     """Checks a stored teacher of ``student`` (..., V or H); returns its temperature."""
     _checks.one_of("tail", tail, TAILS)
     if not isinstance(teacher, TopKLogprobs):
@@ -361,16 +359,12 @@ def _run_linear(
     else:
         arguments = (student.softcap, *teacher, *tokens, *options, *settings)
         stores = tokens.reduction != "none" and hidden.dtype != torch.float16
-        call = _ops_linear.Call(name, arguments, (_ops_linear.DISTILL_UPSTREAM,), stores, return_metrics, backend)
+        call = _ops_linear.Call(name, arguments, _ops_linear.DISTILL_UPSTREAMS, stores, return_metrics, backend)
         results = _ops_linear.loss(call, *student[:3])
     loss = results[0] if tokens.reduction != "none" else results[0].view(shape)
     if not return_metrics:
         return loss
     return loss, DistillationMetrics(results[1].view(shape), results[2].view(shape))
-
-
-def _flat_hidden(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 @overload
@@ -456,8 +450,8 @@ def linear_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # 
             smallest chunk.
         RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
     """
-    _no_process_group(process_group)
-    gemm_dtype = _checks.autocast_dtype(student_hidden) if isinstance(student_hidden, Tensor) else None
+    _checks.no_process_group(process_group)
+    gemm_dtype = _checks.autocast_dtype(student_hidden)
     autocast = gemm_dtype is not None
     _checks.projection("student_", student_hidden, student_weight, student_bias, student_softcap, autocast)
     _checks.projection("teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, autocast)
@@ -478,9 +472,9 @@ def linear_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # 
     settings = _checks.linear_settings(
         workspace_bytes, num_valid, logits_dtype, gemm_dtype, student_hidden, teacher_hidden
     )
-    student = Projection(_flat_hidden(student_hidden), student_weight, student_bias, student_softcap)
+    student = Projection(_checks.flat_rows(student_hidden), student_weight, student_bias, student_softcap)
     bias = None if teacher_bias is None else teacher_bias.detach()
-    teacher = (_flat_hidden(teacher_hidden.detach()), teacher_weight.detach(), bias, teacher_softcap)
+    teacher = (_checks.flat_rows(teacher_hidden.detach()), teacher_weight.detach(), bias, teacher_softcap)
     shape = student_hidden.shape[:-1]
     return _run_linear("linear_distill", student, teacher, tokens, options, settings, shape, return_metrics)
 
@@ -560,8 +554,8 @@ def linear_topk_distillation_loss(  # pyright: ignore[reportInconsistentOverload
             smallest chunk. An index twice in one row, or out of range, raises on the CPU and gives NaN on a GPU.
         RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
     """
-    _no_process_group(process_group)
-    gemm_dtype = _checks.autocast_dtype(student_hidden) if isinstance(student_hidden, Tensor) else None
+    _checks.no_process_group(process_group)
+    gemm_dtype = _checks.autocast_dtype(student_hidden)
     autocast = gemm_dtype is not None
     _checks.projection("student_", student_hidden, student_weight, student_bias, student_softcap, autocast)
     stored = _check_stored(teacher, tail, student_hidden, teacher_rows is not None, temperature)
@@ -572,7 +566,7 @@ def linear_topk_distillation_loss(  # pyright: ignore[reportInconsistentOverload
     )  # fmt: skip
     options = _options(vocab, divergence, beta, stored, temperature_squared, hard_weight)
     settings = _checks.linear_settings(workspace_bytes, num_valid, logits_dtype, gemm_dtype, student_hidden)
-    student = Projection(_flat_hidden(student_hidden), student_weight, student_bias, student_softcap)
+    student = Projection(_checks.flat_rows(student_hidden), student_weight, student_bias, student_softcap)
     k, residual = teacher.indices.shape[-1], teacher.residual
     logprobs, indices = teacher.logprobs.detach().reshape(-1, k), teacher.indices.reshape(-1, k)
     inputs = (logprobs, indices, None if residual is None else residual.detach().reshape(-1), tail)

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyalign._linear import Projection, Settings, cut
-from pyalign._types import Options, Results, Tokens
+from pyalign._types import LogprobResults, Options, Results, Tokens
 from pyalign.reference import distill as _distill
+from pyalign.reference import logprob as _logprob
 
 
 def project(side: Projection, settings: Settings, counted: Tensor | None = None) -> Tensor:
@@ -52,3 +53,28 @@ def linear_topk_distill(
     counted = _distill.counted_tokens(tokens, student.hidden.shape[0], student.hidden.device)
     logits = project(cut(student, options.vocab), settings, counted)
     return _distill.topk_distill(logits, *teacher, tokens, options, want_metrics=want_metrics)
+
+
+def linear_cross_entropy(
+    head: Projection,
+    targets: Tensor,
+    num_items: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    reduction: str,
+    settings: Settings,
+) -> Tensor:
+    """Cross-entropy of targets (N,), reduced, differentiable in the projection."""
+    counted = targets != ignore_index
+    logits = project(head._replace(softcap=None), settings, counted)
+    losses = _logprob.row_cross_entropy(logits, targets, ignore_index, label_smoothing, z_loss, head.softcap)
+    return _distill.reduce(losses, counted, Tokens(num_items=num_items, reduction=reduction))
+
+
+def linear_logprob(
+    head: Projection, targets: Tensor, ignore_index: int, temperature: float, want_entropy: bool, settings: Settings
+) -> LogprobResults:
+    """Log-probs and entropies of targets (N,), differentiable in the projection."""
+    logits = project(head._replace(softcap=None), settings, targets != ignore_index)
+    return _logprob.logprob(logits, targets, ignore_index, temperature, head.softcap, want_entropy)
