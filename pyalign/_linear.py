@@ -373,6 +373,11 @@ def _blocks(x: Tensor) -> Iterator[Tensor]:
 # The loop
 
 
+def _can_count(device: torch.device) -> bool:
+    """Whether the host may read how many tokens count without waiting for a device."""
+    return device.type == "cpu"
+
+
 def selection_of(counted: Tensor | None, count: int, num_valid: int | None, device: torch.device) -> Selection:
     """All the tokens to be computed. On a CPU those that count; on a GPU, which isn't asked how many they are, all, or
     the first ``num_valid`` of a stable order by whether they count.
@@ -380,7 +385,7 @@ def selection_of(counted: Tensor | None, count: int, num_valid: int | None, devi
     Raises:
         ValueError: on a CPU, more tokens count than ``num_valid``.
     """
-    if device.type == "cpu":
+    if _can_count(device):
         index = None if counted is None else counted.nonzero().squeeze(1)
         valid = count if index is None else index.shape[0]
         if num_valid is not None and valid > num_valid:

@@ -245,7 +245,8 @@ def linear_token_logprobs(  # pyright: ignore[reportInconsistentOverload]  # **o
         upstreams = _ops_linear.LOGPROB_AND_ENTROPY_UPSTREAMS if want_entropy else _ops_linear.LOGPROB_UPSTREAMS
         arguments = (head.softcap, targets, None, None, ignore_index, temperature, *settings)
         call = _ops_linear.Call("linear_logprob", arguments, upstreams, False, want_entropy, backend)
-        results = LogprobResults(*(*_ops_linear.loss(call, *head[:3]), None)[:2], None)
+        logprob, *entropy = _ops_linear.loss(call, *head[:3])
+        results = LogprobResults(logprob, entropy[0] if entropy else None, None)
     shape = hidden.shape[:-1]
     if not want_entropy:
         return results.logprob.view(shape)
