@@ -541,6 +541,8 @@ def test_near_convergence_no_further_off_than_torch_with_float32_operands(dtype:
     lost = 2.0**-16 if dtype == torch.bfloat16 else 0.0
     epsilon = lost * (1.0 if divergence == "tvd" else float(exact.results[0].max().sqrt()))
     assert float((ours.results[0] - exact.results[0]).abs().max()) <= float(theirs) + epsilon + 1e-9
+    if divergence == "tvd":
+        return  # its gradient jumps where the distributions cross
     unit = {torch.float32: 0.0, torch.bfloat16: 8e-3, torch.float16: 5e-4}[dtype]
     for x, y, z in zip(torchs.gradients, ours.gradients, exact.gradients, strict=True):
         errors = [float((g.double() - z).norm() / z.norm()) for g in (x, y)]
