@@ -399,6 +399,7 @@ def test_compiled_steps_with_every_option_and_any_number_of_tokens_share_one_gra
         return loss + stored.sum() + (logprob * entropy.detach()).sum() + entropy.sum(), metrics.entropy
 
     function = torch.compile(step, fullgraph=True, backend=counter, dynamic=True)
+    compiled: list[int] = []
     with engine():
         for count in (21, 30, 13):
             x, other = pair(engine, count=count)
@@ -407,7 +408,8 @@ def test_compiled_steps_with_every_option_and_any_number_of_tokens_share_one_gra
             (ours, entropy), (theirs, expected) = function(leaves, other, mask), step(leaves, other, mask)
             torch.testing.assert_close((ours, entropy), (theirs, expected))
             torch.testing.assert_close(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves))
-    assert counter.frame_count == 1
+            compiled.append(counter.frame_count)
+    assert len(set(compiled)) == 1  # dynamo itself starts over once, to make constants of floats
 
 
 @compiled_test
