@@ -16,6 +16,7 @@ whose sum is wider than they are, runs in tiles of the vocabulary that stay in t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -153,9 +154,9 @@ def available_memory(device: torch.device) -> int:
         total: int = torch.cuda.get_device_properties(device).total_memory
         return max(total - torch.cuda.memory_allocated(device), 0)
     if device.type == "cpu":
-        names = os.sysconf_names
-        pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in names else "SC_PHYS_PAGES"
-        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+        with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo", encoding="ascii") as file:
+            return 1024 * int(next(line for line in file if line.startswith("MemAvailable:")).split()[1])
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
     return 1 << 32
 
 
