@@ -57,9 +57,9 @@ def tanh_with_slope(x):
     """tanh x and its derivative, from e^(-2 |x|); neither cancels, near 0 or far from it."""
     twice = -2.0 * tl.abs(x)
     e = exp_nonpositive(twice)
-    above = 1.0 + e
-    value = tl.where(in_series(twice), -(twice + phi_series(twice)), 1.0 - e) / above
-    return tl.where(x < 0.0, -value, value), 4.0 * e / (above * above)
+    scale = 1.0 / (1.0 + e)
+    value = tl.where(in_series(twice), -(twice + phi_series(twice)), 1.0 - e) * scale
+    return tl.where(x < 0.0, -value, value), 4.0 * e * (scale * scale)
 
 
 @triton.jit
@@ -111,12 +111,12 @@ def logprob_kernel(
     label_smoothing,
     z_loss,
     SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,  # wanted, or needed for its gradient
     SMOOTH: tl.constexpr,  # label_smoothing is not 0
     ALIGN: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    ENTROPY: tl.constexpr = entropy is not None or upstream_entropy is not None
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     vocab = multiple(vocab, ALIGN)
@@ -339,6 +339,7 @@ def _run(
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,
         "SOFTCAP": softcap is not None,
+        "ENTROPY": entropy is not None or upstream_entropy is not None,
         "SMOOTH": label_smoothing > 0.0,
         "ALIGN": align,
         "GROUP": group_size(align, matrices),

@@ -17,7 +17,6 @@ from pyalign._linear import Projection, Settings
 from pyalign._types import REDUCTIONS, LogprobResults, accumulation_dtype
 from pyalign.reference import linear as _linear_reference
 from pyalign.reference import logprob as _reference
-from pyalign.reference.distill import can_raise
 
 __all__ = ["linear_cross_entropy", "linear_token_logprobs", "sequence_logprobs", "token_logprobs"]
 
@@ -93,6 +92,13 @@ def token_logprobs(  # pyright: ignore[reportInconsistentOverload]  # **options 
     return results.logprob.view(shape), results.entropy.view(shape)
 
 
+def _may_look(x: Tensor) -> bool:
+    """Whether values may be looked at: not on a GPU, where that would mean to wait, nor where somebody traces."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return False
+    return torch._C._len_torch_dispatch_stack() == 0  # pyright: ignore[reportPrivateUsage]  # torch offers no other way
+
+
 def _check_offsets(offsets: Tensor, tokens: Tensor) -> Tensor:
     """``offsets`` as int64, refused where they don't cut the tokens into sequences and values may be looked at."""
     if not isinstance(offsets, Tensor):
@@ -103,7 +109,7 @@ def _check_offsets(offsets: Tensor, tokens: Tensor) -> Tensor:
         _checks.refuse("offsets", f"shape {tuple(offsets.shape)}", "(B + 1,)")
     if offsets.device != tokens.device:
         _checks.refuse("offsets", f"a tensor on {offsets.device}", f"one on {tokens.device}, where the log-probs are")
-    if can_raise(offsets):
+    if _may_look(offsets):
         count = tokens.shape[0]
         if int(offsets[0]) != 0 or int(offsets[-1]) != count:
             given = f"first and last entries {int(offsets[0])} and {int(offsets[-1])}"
@@ -122,7 +128,7 @@ def _segment_sums(x: Tensor, offsets: Tensor) -> Tensor:
     count = x.shape[0]
     inside = offsets.clamp(0, count).cummax(0).values
     sums = torch.segment_reduce(x.double(), "sum", offsets=inside, axis=0, initial=0, unsafe=True)
-    if can_raise(offsets):
+    if _may_look(offsets):
         return sums
     cut = (inside == offsets).all() & (offsets[0] == 0) & (offsets[-1] == count)
     return torch.where(cut, sums, float("nan"))

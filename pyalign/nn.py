@@ -24,6 +24,7 @@ __all__ = [
     "PairwisePreferenceLoss",
     "RankedPreferenceLoss",
     "SimPOLoss",
+    "TokenLogprobs",
     "TopKDistillationLoss",
 ]
 
@@ -109,6 +110,33 @@ class TopKDistillationLoss(_LossModule):
     def forward(self, student_logits: Tensor, teacher: TopKLogprobs, **tensors: Any) -> Any:
         """The loss; ``tensors`` are mask, labels, teacher_rows, weight, targets, num_items, return_metrics."""
         return distill.topk_distillation_loss(student_logits, teacher, **self.options, **tensors)
+
+
+class TokenLogprobs(_LossModule):
+    """:func:`pyalign.logprob.token_logprobs` with its options fixed.
+
+    >>> logprobs_of = TokenLogprobs(temperature=0.7)
+    >>> policy, reference = logprobs_of(policy_logits, targets), logprobs_of(reference_logits, targets)
+    """
+
+    def __init__(
+        self,
+        *,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        return_entropy: bool = False,
+    ) -> None:
+        super().__init__(
+            ignore_index=ignore_index,
+            temperature=temperature,
+            softcap=softcap,
+            return_entropy=return_entropy,
+        )
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Any:
+        """Log-probs (...) or, with ``return_entropy``, a pair with the entropies."""
+        return logprob.token_logprobs(logits, targets, **self.options)
 
 
 class LinearDistillationLoss(_LossModule):

@@ -30,7 +30,15 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import pyalign
-from pyalign import _backends, _ops, distillation_loss, topk_distillation_loss, topk_logprobs
+from pyalign import (
+    _backends,
+    _ops,
+    distillation_loss,
+    sequence_logprobs,
+    token_logprobs,
+    topk_distillation_loss,
+    topk_logprobs,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CACHED = ("_decide", "_cuda_refusal", "_triton_refusal")
@@ -338,6 +346,7 @@ def calls(x: Tensor, k: int = 2) -> list[Callable[[], Any]]:
         lambda: distillation_loss(x, x),
         lambda: topk_distillation_loss(x, stored),
         lambda: topk_logprobs(x, k),
+        lambda: token_logprobs(x, torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)),
     ]
 
 
@@ -428,6 +437,22 @@ def train(student: Tensor, teacher: Tensor) -> None:
                 loss.sum().backward()
                 assert leaf.grad is not None
                 assert leaf.grad.shape == student.shape
+    train_logprobs(student)
+
+
+def train_logprobs(logits: Tensor) -> None:
+    """Forward and backward of token and sequence log-probs, with and without every option."""
+    numbers = torch.arange(6, device=logits.device)
+    targets = (numbers - 1).view(2, 3)
+    for options in ({}, {"temperature": 1.5, "softcap": 5.0}):
+        leaf = logits.detach().requires_grad_()
+        logprob, entropy = token_logprobs(leaf, targets, ignore_index=-1, return_entropy=True, **options)
+        loss = sequence_logprobs(logprob, mask=targets > 1, average=True).sum() + entropy.sum()
+        if logits.device.type != "cpu":  # whose offsets are looked at, which is no waiting
+            loss = loss + sequence_logprobs(logprob.flatten()[:5], offsets=numbers[::5]).sum()
+        loss.backward()
+        assert leaf.grad is not None
+        assert leaf.grad.shape == logits.shape
 
 
 def test_plain_torch_reads_no_number_back_on_a_device():

@@ -50,6 +50,7 @@ LIMITS = {
     "distill_clusters": Limit(TYPES * DIVERGENCES, threads=256, blocks=2),
     "topk_rows": Limit(TYPES, threads=1024, blocks=1),
     "topk_distill_rows": Limit(TYPES, threads=512, blocks=1),
+    "logprob_rows": Limit(2 * (TYPES + 2), threads=1024, blocks=1),  # float32 logits have all types of gradients
     "scale_rows": Limit(TYPES, threads=256, blocks=4),
     "pair_items": Limit(TYPES, threads=512, blocks=2, static_shared=256),
     "rank_groups": Limit(TYPES, threads=256, blocks=4, static_shared=3584),
@@ -192,7 +193,7 @@ def test_template_instances_are_as_few_as_stated(build: Callable[[str], list[Bui
 def test_rows_move_in_16_bytes_and_nothing_goes_to_local_memory(
     build: Callable[[str], list[Built]], target: str
 ) -> None:
-    loads = {"distill_rows", "topk_rows", "topk_distill_rows", "scale_rows"}
+    loads = {"distill_rows", "logprob_rows", "topk_rows", "topk_distill_rows", "scale_rows"}
     stores = {"distill_rows", "distill_clusters", "topk_distill_rows", "scale_rows"}
     for built in build(target):
         if not built.report:

@@ -55,11 +55,12 @@ PYALIGN_HD LogprobState<F> merge(LogprobState<F> a, LogprobState<F> b, F inverse
 // What a finished state says. `logprob` is log q of the entry y.
 template <class F>
 struct LogprobRow {
+    static constexpr F kNaN = std::numeric_limits<F>::quiet_NaN(), kInfinity = std::numeric_limits<F>::infinity();
     F max, sum, inverse_temperature, log_sum;
 
     PYALIGN_HD LogprobRow(Softmax<F> state, F inverse_temperature)
         : max(state.max),
-          sum(state.sum > F(0) ? state.sum : std::numeric_limits<F>::quiet_NaN()),
+          sum(state.sum > F(0) ? state.sum : kNaN),
           inverse_temperature(inverse_temperature),
           log_sum(log_positive(sum)) {}
 
@@ -74,7 +75,7 @@ struct LogprobRow {
 template <class F>
 PYALIGN_HD F cross_entropy(const LogprobRow<F>& row, F target, F above, F label_smoothing, F z_loss) {
     const F nll = -row.logprob(target), lse = row.log_sum_exp();
-    if (nll == std::numeric_limits<F>::infinity()) return nll;  // the target's z is -inf, `above` is no number
+    if (nll == row.kInfinity) return nll;  // the target's z is -inf, `above` is no number
     return nll - weigh(label_smoothing, above) + z_loss * (lse * lse);
 }
 

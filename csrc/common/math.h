@@ -138,10 +138,10 @@ struct Tanh {
 template <class F>
 PYALIGN_HD Tanh<F> tanh_with_slope(F x) {
     const F twice = F(-2) * (x < F(0) ? -x : x);
-    const F e = exp_nonpositive(twice), above = F(1) + e;
+    const F e = exp_nonpositive(twice), scale = F(1) / (F(1) + e);
     const F below = in_series(twice) ? -(twice + phi_series(twice)) : F(1) - e;
-    const F value = below / above;
-    return {x < F(0) ? -value : value, F(4) * e / (above * above)};
+    const F value = below * scale;
+    return {x < F(0) ? -value : value, F(4) * e * (scale * scale)};
 }
 
 PYALIGN_END

@@ -28,25 +28,53 @@ void cap_block(const T* x, int64_t count, Softcap<F> softcap, F* y, F* slope) {
     for (int64_t i = 0; i < count; ++i) y[i] = capped_at(softcap, value(x[i]), slope + i);
 }
 
-template <class F>
-PYALIGN_HD F distance_at(F e, F below) {
-    return weigh(e, below);
+// The sums of e^((y - origin) / T) and of e^((y - origin) / T) (origin - y), and the max in passing.
+template <class Y, class F>
+LogprobState<F> sum_block(const Y* y, int64_t count, F origin, ScaledExp<F> exp) {
+    constexpr F kFarthest = F(-1e38);  // finite, so that 0 * kFarthest = 0; NaN stays
+    F sum = 0, distances = 0, max = std::numeric_limits<F>::lowest();
+#pragma omp simd reduction(+ : sum, distances) reduction(max : max)
+    for (int64_t i = 0; i < count; ++i) {
+        const F above = value(y[i]) - origin;
+        const F e = exp(above);
+        sum += e;
+        distances -= e * (kFarthest > above ? kFarthest : above);
+        max = value(y[i]) > max ? value(y[i]) : max;
+    }
+    return {{max, sum}, distances};
 }
 
-// The sums of e^((y - max) / T) and of e^((y - max) / T) (max - y), for y <= max.
-template <class Y, class F>
-Softmax<F> sum_block(const Y* y, int64_t count, F max, ScaledExp<F> exp, F* distance) {
-    F sum = 0, distances = 0;
-#pragma omp simd reduction(+ : sum, distances)
-    for (int64_t i = 0; i < count; ++i) {
-        const F below = max - value(y[i]);
-        const F e = exp(-below);
-        sum += e;
-        distances += distance_at(e, below);
+// Folds a row block by block, with the distances. Their terms are >= 0 over the max alone: a block with a larger one
+// than those before it is taken again. (Without distances, RowFold is content with an origin near the max.)
+template <class F>
+class DistanceFold {
+  public:
+    explicit DistanceFold(double inverse_temperature)
+        : exp_(inverse_temperature), inverse_temperature_(inverse_temperature) {}
+
+    template <class Y>
+    PYALIGN_HD void add(const Y* y, int64_t count) {
+        if (state_.softmax.sum == 0) raise_to(max_of(y, count));
+        LogprobState<F> block = sum_block(y, count, F(state_.softmax.max), exp_);
+        if (double(block.softmax.max) > state_.softmax.max) {
+            raise_to(block.softmax.max);
+            block = sum_block(y, count, F(state_.softmax.max), exp_);
+        }
+        state_.softmax.sum += double(block.softmax.sum);
+        state_.distance += double(block.distance);
     }
-    *distance = distances;
-    return {max, sum};
-}
+
+    LogprobState<double> finish() const { return state_; }
+
+  private:
+    PYALIGN_HD void raise_to(F max) {
+        if (double(max) > state_.softmax.max) state_ = raise(state_, double(max), inverse_temperature_);
+    }
+
+    ScaledExp<F> exp_;
+    double inverse_temperature_;
+    LogprobState<double> state_;
+};
 
 template <class Y, class F>
 F sum_above(const Y* y, int64_t count, F target) {
@@ -195,28 +223,25 @@ class LogprobRows {
 
     Folded fold(const T* logits, F target) {
         Folded folded;
-        LogprobState<double>& state = folded.state;
+        DistanceFold<F> with_distances(inverse_temperature_);
+        RowFold<F> plain(inverse_temperature_);
         const bool distances = wants_entropy(), aboves = args_.options.label_smoothing > 0;
         for (int64_t first = 0; first < args_.options.vocab; first += kBlock) {
             const int64_t count = minimum(kBlock, args_.options.vocab - first);
             ahead_.fold(first);
             with_block(logits, first, count, [&](const auto* y) {
-                const F top = max_of(y, count);
-                if (double(top) > state.softmax.max) state = raise(state, double(top), inverse_temperature_);
-                const F max = F(state.softmax.max);
-                F distance = 0;
                 if (distances) {
-                    state.softmax.sum += double(sum_block(y, count, max, exp_, &distance).sum);
-                    state.distance += double(distance);
+                    with_distances.add(y, count);
                 } else if (kept_.exp) {
-                    state.softmax.sum += double(sum_exp(y, count, max, exp_, kept_.exp + first).sum);
-                    kept_.origins[first / kBlock] = state.softmax.max;
+                    plain.add(y, count, kept_.exp + first);
+                    kept_.origins[first / kBlock] = plain.origin();
                 } else {
-                    state.softmax.sum += double(sum_exp(y, count, max, exp_).sum);
+                    plain.add(y, count);
                 }
                 if (aboves) folded.above += double(sum_above(y, count, target));
             });
         }
+        folded.state = distances ? with_distances.finish() : LogprobState<double>{plain.finish()};
         return folded;
     }
 

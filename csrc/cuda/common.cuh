@@ -81,6 +81,14 @@ __device__ __forceinline__ void store(T* to, const float (&x)[kLanes<T>]) {
     __stcs(reinterpret_cast<uint4*>(to), pack<T>(x));
 }
 
+// Half a vector of 16-bit elements: as many as a vector of floats holds.
+template <class T>
+__device__ __forceinline__ void store(T* to, const float (&x)[kLanes<T> / 2]) {
+    const float pair[kLanes<T>] = {x[0], x[1], x[2], x[3]};
+    const uint4 packed = pack<T>(pair);
+    __stcs(reinterpret_cast<uint2*>(to), make_uint2(packed.x, packed.y));
+}
+
 template <class T>
 __device__ __forceinline__ void store(T* to, const float (&x)[1]) {
     *to = narrow<T>(x[0]);

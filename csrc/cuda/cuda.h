@@ -11,6 +11,7 @@
 #include <string>
 
 #include "common/distill_args.h"
+#include "common/logprob_args.h"
 #include "common/ranking_args.h"
 
 namespace pyalign::cuda {
@@ -29,6 +30,9 @@ void topk(const TopKArgs& args, cudaStream_t stream);
 
 // x *= factor[0] for rows of `width`, a float read on the device; returns at once where it is 1.
 void scale(const Rows& x, int64_t count, int64_t width, const void* factor, cudaStream_t stream);
+
+// The gradient has the logits' dtype or, of float32 logits, any.
+void logprob(const LogprobArgs& args, cudaStream_t stream);
 
 // Offsets that don't cut the scores into groups make the loss and its gradients NaN.
 void pair_loss(const PairArgs& args, cudaStream_t stream);

@@ -57,7 +57,7 @@ def reduce(row_loss: Tensor, counted: Tensor, tokens: Tokens) -> Tensor:
     return torch.where(denominator == 0, total * 0.0, total / torch.where(denominator == 0, 1.0, denominator))
 
 
-def can_raise(x: Tensor) -> bool:
+def _can_raise(x: Tensor) -> bool:
     """Whether values may be looked at: not on a GPU, where that would mean to wait, and not in a compiled graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
@@ -68,7 +68,7 @@ def checked_index(name: str, index: Tensor, limit: int, relevant: Tensor) -> tup
     On the CPU, outside torch.compile, an out-of-range entry raises instead.
     """
     bad = relevant & ((index < 0) | (index >= limit))
-    if can_raise(index) and bool(bad.any()):
+    if _can_raise(index) and bool(bad.any()):
         row = int(bad.nonzero()[0, 0])
         value = int(index[bad][0])
         raise ValueError(f"{name}: row {row} holds {value}; wanted 0 <= {name} < {limit}")
@@ -148,7 +148,7 @@ def duplicates(index: Tensor, present: Tensor, vocab: int) -> Tensor:
     absent = vocab + torch.arange(index.shape[-1], device=index.device)
     ordered = torch.where(present, index, absent).sort(-1).values
     duplicate = (ordered[:, 1:] == ordered[:, :-1]).any(-1)
-    if can_raise(index) and bool(duplicate.any()):
+    if _can_raise(index) and bool(duplicate.any()):
         raise ValueError(f"teacher.indices: row {int(duplicate.nonzero()[0, 0])} holds an index twice")
     return duplicate
 

@@ -1,0 +1,239 @@
+// Log-probs, entropies, cross-entropies and their gradients, one block per row.
+//
+// A row is read from memory once: a gradient finds it in shared memory, as far as that holds it, and the rest in L2,
+// which plan_rows tries to make room in. A gradient from an earlier call's state is a single pass.
+#include <stdexcept>
+
+#include "common/logprob.h"
+#include "cuda/common.cuh"
+
+namespace pyalign::cuda {
+namespace {
+
+constexpr int kMostThreads = 1024;
+constexpr int kFixedBytes = BlockTeam::kBytes + BlockRows<float, 1>::kEdgeBytes;
+
+// ---- Fold ----
+
+// LogprobArgs with its options as the kernel wants them.
+struct LogprobParams {
+    LogprobArgs args;
+    Softcap<float> softcap;
+    float inverse_temperature, label_smoothing, z_loss;
+    int vocab;
+    bool distances, aboves;  // what the fold sums up beside the softmax
+};
+
+struct Folded {
+    LogprobState<float> state;
+    float above = 0;  // sum y - y_target
+};
+
+// One thread's state, N entries at once, as Folding in common.cuh: of Exponential(max).
+struct LogprobFolding {
+    float max = Softmax<float>{}.max, sum = 0, distance = 0;
+
+    template <int N>
+    __device__ __forceinline__ void fold(const float (&y)[N], float inverse_temperature, bool distances) {
+        const float before = max;
+        float largest[2] = {max, max};
+#pragma unroll
+        for (int i = 0; i < N; ++i) largest[i % 2] = fmaxf(largest[i % 2], y[i]);
+        max = fmaxf(largest[0], largest[1]);
+        const Exponential now(max, inverse_temperature);
+        const float scale = exp2_fast(Exponential(before, inverse_temperature).origin - now.origin);
+        if (distances) distance = (distance + weigh(sum, max - before)) * scale;
+        float sums[2] = {sum * scale, 0.f};
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            const float e = now(y[i]);
+            sums[i % 2] += e;
+            if (distances) distance += weigh(e, max - y[i]);
+        }
+        sum = sums[0] + sums[1];
+    }
+
+    __device__ __forceinline__ LogprobState<float> state(float inverse_temperature) const {
+        const float correction = Exponential(max, inverse_temperature).correction(max);
+        return {{max, weigh(sum, correction)}, weigh(distance, correction)};
+    }
+};
+
+struct FoldedMerger {
+    float inverse_temperature;
+
+    __device__ __forceinline__ Folded warp(const Folded& x) const {
+        const LogprobState<float> top = raise(x.state, warp_max(x.state.softmax.max), inverse_temperature);
+        return {{{top.softmax.max, warp_sum(top.softmax.sum)}, warp_sum(top.distance)}, warp_sum(x.above)};
+    }
+};
+
+// y and dy/dx.
+template <bool kCaps>
+__device__ __forceinline__ Tanh<float> cap(const Softcap<float>& softcap, float x) {
+    if (!kCaps) return {x, 1.f};
+    const Tanh<float> tanh = softcap.tanh(x);
+    return {softcap.cap * tanh.value, tanh.slope};
+}
+
+// ---- Rows ----
+
+__device__ __forceinline__ float at(const void* data, int64_t index) { return static_cast<const float*>(data)[index]; }
+
+__device__ __forceinline__ void put(void* data, int64_t index, float value) {
+    if (data) static_cast<float*>(data)[index] = value;
+}
+
+__device__ __forceinline__ void put_state(void* data, int64_t row, float max, float sum, float entropy) {
+    put(data, 3 * row, max);
+    put(data, 3 * row + 1, sum);
+    put(data, 3 * row + 2, entropy);
+}
+
+// A row that isn't read: zeros where its target is ignored, NaN where it is out of range.
+template <class G>
+__device__ __forceinline__ void write_unread(const LogprobArgs& a, int64_t row, bool ignored) {
+    const float value = ignored ? 0.f : __int_as_float(0x7fffffff);
+    if (threadIdx.x == 0) {
+        put(a.logprob, row, value);
+        put(a.entropy, row, value);
+        put_state(a.state, row, 0.f, 1.f, value);
+        put(a.row_loss, row, value);
+    }
+    if (a.gradient.data) fill(row_pointer<G>(a.gradient, row), a.options.vocab, value, threadIdx.x, blockDim.x);
+}
+
+__device__ __forceinline__ Slope<float> slope_of(const LogprobParams& p, int64_t row, const LogprobRow<float>& result,
+                                                 float entropy) {
+    const LogprobArgs& a = p.args;
+    if (a.row_loss) {
+        const float factor = a.factor ? at(a.factor, 0) : 1.f;
+        return factor * cross_entropy_slope(result, p.label_smoothing, p.z_loss, float(p.vocab));
+    }
+    return logprob_slope(a.upstream_logprob ? at(a.upstream_logprob, row) : 0.f,
+                         a.upstream_entropy ? at(a.upstream_entropy, row) : 0.f, entropy);
+}
+
+// Grid: any number of blocks, each takes every gridDim.x-th row. `kept` vectors of a row stay in shared memory. T is
+// the logits' type, G the gradient's.
+template <class T, class G, bool kCaps>
+__global__ void __launch_bounds__(kMostThreads, 1) logprob_rows(const LogprobParams p, int kept) {
+    constexpr int kBatch = kCaps ? 1 : 2;  // what 64 registers have room for
+    extern __shared__ uint4 shared[];
+    BlockTeam team{shared};
+    float* const edges = reinterpret_cast<float*>(reinterpret_cast<char*>(shared) + BlockTeam::kBytes);  // [32]
+    uint4* const cache = shared + kFixedBytes / sizeof(uint4);                                           // [kept]
+    const LogprobArgs& a = p.args;
+    const Softcap<float>& softcap = p.softcap;
+    const float inverse_temperature = p.inverse_temperature;
+
+    for (int64_t row = blockIdx.x; row < a.count; row += gridDim.x) {
+        const int64_t wanted = a.targets[row];
+        if (wanted == a.ignore_index || wanted < 0 || wanted >= p.vocab) {
+            write_unread<G>(a, row, wanted == a.ignore_index);
+            continue;
+        }
+        const int target = int(wanted);
+        const T* const logits = row_pointer<const T>(a.logits, row);                      // [vocab]
+        G* const gradient = a.gradient.data ? row_pointer<G>(a.gradient, row) : nullptr;  // [vocab]
+        const int lead =
+            gradient ? int(reinterpret_cast<uintptr_t>(gradient) / sizeof(G) % kLanes<T>) : misalignment(logits);
+        BlockRows<T, 1> rows({logits}, p.vocab, lead, edges, cache, kept);
+
+        // Fold
+        Folded folded;
+        float entropy = __int_as_float(0x7fffffff), y_target = 0.f;
+        if (a.given_state) {
+            folded.state.softmax = {at(a.given_state, 3 * row), at(a.given_state, 3 * row + 1)};
+            entropy = at(a.given_state, 3 * row + 2);
+        } else {
+            y_target = cap<kCaps>(softcap, widen(logits[target])).value;  // before anybody writes over it
+            LogprobFolding folding;
+            rows.template pass<true, kBatch>([&](int, const auto& x) {
+                constexpr int kCount = sizeof(x[0]) / sizeof(float);
+                float y[kCount];
+#pragma unroll
+                for (int i = 0; i < kCount; ++i) y[i] = cap<kCaps>(softcap, x[0][i]).value;
+                folding.fold(y, inverse_temperature, p.distances);
+                if (!p.aboves) return;
+#pragma unroll
+                for (int i = 0; i < kCount; ++i) folded.above += y[i] - y_target;
+            });
+            folded.state = folding.state(inverse_temperature);
+            folded = team.merge(folded, FoldedMerger{inverse_temperature});
+        }
+        const LogprobRow<float> result(folded.state.softmax, inverse_temperature);
+        if (p.distances && !a.given_state) entropy = result.entropy(folded.state.distance);
+
+        // Finish
+        if (threadIdx.x == 0) {
+            put(a.logprob, row, result.logprob(y_target));
+            put(a.entropy, row, entropy);
+            put_state(a.state, row, result.max, result.sum, entropy);
+            const float above = folded.above * inverse_temperature / float(p.vocab);
+            if (a.row_loss) put(a.row_loss, row, cross_entropy(result, y_target, above, p.label_smoothing, p.z_loss));
+        }
+        if (!gradient) continue;
+
+        // Map
+        const Slope<float> slope = inverse_temperature * slope_of(p, row, result, entropy);
+        const Exponential exponential(result.max, inverse_temperature);
+        const float scale = exponential.correction(result.max) / result.sum;
+        const auto map = [&](int element, const auto& x) {
+            constexpr int kCount = sizeof(x[0]) / sizeof(float);
+            float slopes[kCount];
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) {
+                const Tanh<float> y = cap<kCaps>(softcap, x[0][i]);
+                const float of_y = slope.at(exponential(y.value) * scale, result.logprob(y.value));
+                slopes[i] = y.slope * (element + i == target ? of_y + slope.target : of_y);
+            }
+            store(gradient + element, slopes);
+        };
+        if (a.given_state)
+            rows.template pass<true, kBatch>(map);
+        else
+            rows.template pass<false, 1>(map);
+    }
+}
+
+template <class T, class G>
+void launch_rows(const LogprobArgs& args, cudaStream_t stream) {
+    const LogprobOptions& options = args.options;
+    const LogprobParams params{args,
+                               Softcap<float>(options.softcap),
+                               float(1 / options.temperature),
+                               float(options.label_smoothing),
+                               float(options.z_loss),
+                               int(options.vocab),
+                               args.entropy || args.upstream_entropy,
+                               options.label_smoothing > 0};
+    const bool twice = args.gradient.data && !args.given_state;
+    RowPlan plan =
+        plan_rows(current_device(), 1, args.options.vocab, sizeof(T), {1, kMostThreads}, kFixedBytes, args.count);
+    if (!twice) plan.kept = 0, plan.shared = kFixedBytes;
+    const auto kernel = params.softcap.caps() ? logprob_rows<T, G, true> : logprob_rows<T, G, false>;
+    check(launch({plan.blocks, plan.threads, plan.shared, stream}, kernel, params, plan.kept), "logprob_rows");
+}
+
+}  // namespace
+
+void logprob(const LogprobArgs& args, cudaStream_t stream) {
+    element_size(args.logits.dtype, "logprob");
+    if (args.options.vocab < 1 || args.options.vocab > 0x7fff0000)
+        throw std::invalid_argument("vocab: got " + std::to_string(args.options.vocab) + "; wanted 1 to 2^31 - 2^16");
+    if (args.count == 0) return;
+    with_type(args.logits.dtype, [&](auto type) {
+        using T = decltype(type);
+        if (!args.gradient.data || args.gradient.dtype == args.logits.dtype) return launch_rows<T, T>(args, stream);
+        element_size(args.gradient.dtype, "logprob");
+        if constexpr (sizeof(T) == sizeof(float)) {
+            if (args.gradient.dtype == Dtype::kBFloat16) return launch_rows<T, __nv_bfloat16>(args, stream);
+            return launch_rows<T, __half>(args, stream);
+        } else {
+            throw std::invalid_argument("logprob: the gradient of 16-bit logits must have their dtype on a GPU");
+        }
+    });
+}
+
+}  // namespace pyalign::cuda
