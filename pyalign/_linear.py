@@ -224,10 +224,30 @@ def _has_wide_products(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
-class Products:
-    """The matrix products of one side. ``prefix`` names its part of the workspace."""
+class Widen(Protocol):
+    """out = a [+ b] [+ out], summed in float32; ``a`` and ``b`` of a 16-bit dtype."""
 
-    def __init__(self, side: Projection, settings: Settings, prefix: str, wanted: Wanted | None = None) -> None:
+    def __call__(self, out: Tensor, a: Tensor, b: Tensor | None, add: bool) -> None: ...
+
+
+def _widen(out: Tensor, a: Tensor, b: Tensor | None, add: bool) -> None:
+    out.add_(a) if add else out.copy_(a)
+    if b is not None:
+        out.add_(b)
+
+
+class Products:
+    """The matrix products of one side. ``prefix`` names its part of the workspace; ``widen`` is the CPU engine's
+    where that runs."""
+
+    def __init__(
+        self,
+        side: Projection,
+        settings: Settings,
+        prefix: str,
+        wanted: Wanted | None = None,
+        widen: Widen | None = None,
+    ) -> None:
         self.hidden, self.weight, self.bias, self.softcap = side
         self.prefix, self.wanted = prefix, wanted or Wanted(True, False, False, False)
         device = self.hidden.device
@@ -235,6 +255,7 @@ class Products:
         self.logits_dtype, self.dtype = settings.logits_dtype, gemm_dtype(self.hidden.dtype, settings, device)
         self.sum_dtype = accumulation_dtype(self.logits_dtype)
         self.wide = _has_wide_products(device)
+        self.widen = widen or _widen
         converts = self.weight.dtype != self.dtype
         narrow = self.dtype.itemsize == 2
         tiled = converts or (narrow and not (self.wide and self.logits_dtype == self.dtype))
@@ -309,7 +330,7 @@ class Products:
                 rest = buffers.take(self.prefix + "rest", count, out.shape[1])
                 torch.mm(rows, weight.t(), out=first)
                 rest.copy_(first).addmm_(rows, weight.t(), beta=-1)
-                out.copy_(first).add_(rest)
+                self.widen(out, first, rest, False)
         if bias is not None and not same:
             logits.add_(bias)
         if self.softcap is not None:
@@ -360,7 +381,7 @@ class Products:
             _wide_product(a, b, total, 0 if is_first else 1)
         else:
             product = torch.mm(a, b, out=buffers.take(self.prefix + scratch, *total.shape))
-            total.copy_(product) if is_first else total.add_(product)
+            self.widen(total, product, None, not is_first)
 
 
 def _blocks(x: Tensor) -> Iterator[Tensor]:
@@ -422,6 +443,7 @@ def run(
     settings: Settings,
     wanted: Wanted,
     result_dtypes: list[torch.dtype],
+    widen: Widen | None = None,
 ) -> Outcome:
     """Runs ``loss`` over the logits of ``head``, chunk by chunk, and sums up the gradients.
 
@@ -429,7 +451,7 @@ def run(
     """
     device, count = head.hidden.device, head.hidden.shape[0]
     tokens = selection_of(counted, count, settings.num_valid, device)
-    products = Products(head, settings, "", wanted)
+    products = Products(head, settings, "", wanted, widen)
     layout, gathers = Layout(), tokens.index is not None or tokens.mask is not None
     products.reserve(layout, gathers)
     loss.reserve(layout, gathers)

@@ -226,6 +226,10 @@ def _check_entries(indices: Tensor, tokens: Tokens, counted: Tensor | None, voca
     _reference.duplicates(index, present, vocab)
 
 
+def _widen(backend: str) -> _linear.Widen | None:
+    return distill_engine(backend).widen if backend == "cpu" else None
+
+
 class _Parsed(NamedTuple):
     head: Projection
     loss: tuple[Any, ...]
@@ -281,10 +285,20 @@ def _distillation(arguments: tuple[Any, ...], top_k: bool) -> list[Tensor]:
         side = cut(Projection(*teacher), options.vocab)
         if side.hidden.shape[0] == 0:  # no row can be matched
             side = side._replace(hidden=side.hidden.new_zeros(1, side.hidden.shape[1]))
-        loss = _Distill(distill_engine(parsed.backend), Products(side, parsed.settings, "teacher_"), *shared)
+        loss = _Distill(
+            distill_engine(parsed.backend),
+            Products(side, parsed.settings, "teacher_", None, _widen(parsed.backend)),
+            *shared,
+        )
     dtype = accumulation_dtype(parsed.settings.logits_dtype)
     outcome = _linear.run(
-        cut(head, options.vocab), loss, counted, parsed.settings, parsed.wanted, [dtype, dtype, torch.bool]
+        cut(head, options.vocab),
+        loss,
+        counted,
+        parsed.settings,
+        parsed.wanted,
+        [dtype, dtype, torch.bool],
+        _widen(parsed.backend),
     )
     row_loss, entropy, agreement = outcome.results
     total = _reduce(row_loss, tokens.reduction, denominator) if parsed.wanted.loss else None
@@ -315,7 +329,7 @@ def _cross_entropy(arguments: tuple[Any, ...]) -> list[Tensor]:
     loss = _CrossEntropy(rows, targets, ignore_index, label_smoothing, z_loss, head.softcap, factor)
     dtype = accumulation_dtype(parsed.settings.logits_dtype)
     bare = head._replace(softcap=None)
-    outcome = _linear.run(bare, loss, counted, parsed.settings, parsed.wanted, [dtype])
+    outcome = _linear.run(bare, loss, counted, parsed.settings, parsed.wanted, [dtype], _widen(parsed.backend))
     total = _reduce(outcome.results[0], reduction, denominator) if parsed.wanted.loss else None
     return _outputs(parsed, total, outcome, [])
 
@@ -339,7 +353,7 @@ def _logprobs(arguments: tuple[Any, ...]) -> list[Tensor]:
     loss = _Logprob(rows, targets, ignore_index, temperature, head.softcap, upstreams, parsed.want_extra)
     dtype = accumulation_dtype(parsed.settings.logits_dtype)
     bare = head._replace(softcap=None)
-    outcome = _linear.run(bare, loss, counted, parsed.settings, parsed.wanted, [dtype, dtype])
+    outcome = _linear.run(bare, loss, counted, parsed.settings, parsed.wanted, [dtype, dtype], _widen(parsed.backend))
     logprob, entropy = outcome.results
     return _outputs(parsed, logprob if parsed.wanted.loss else None, outcome, [entropy] if parsed.want_extra else [])
 
