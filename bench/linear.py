@@ -8,6 +8,9 @@ where this torch has one. It reports FLOPs, GFLOP/s, the share of the bare produ
 from __future__ import annotations
 
 import contextlib
+import functools
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +78,13 @@ class Inputs:
         return run
 
 
+def peak_mib(case: str, dtype: torch.dtype) -> float:
+    """Extra memory at the peak of one step, its gradients included: `python bench/linear.py CASE DTYPE`, in a process
+    where nothing else moves it."""
+    command = [sys.executable, __file__, case, str(dtype).removeprefix("torch.")]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
 def report(benchmark: Any, x: Inputs, functions: dict[str, Callable[[], object]], sides: int) -> None:
     """Times ``functions`` (the first is ours) in turns with the bare products and leaves the figures in
     ``extra_info``."""
@@ -85,7 +95,6 @@ def report(benchmark: Any, x: Inputs, functions: dict[str, Callable[[], object]]
         benchmark(functions[ours])
         return
     chunks = {rows: x.products(rows, sides) for rows in (LARGEST_CHUNK // 2, LARGEST_CHUNK)}
-    extra = peak_extra_memory(functions[ours], DEVICE)
     with kept_memory(4 << 30) if DEVICE.type == "cpu" else contextlib.nullcontext():
         everything = {**functions, **{f"products_{rows}": run for rows, run in chunks.items()}}
         times = interleaved(everything, DEVICE, rounds=7, warmup=1)
@@ -97,12 +106,22 @@ def report(benchmark: Any, x: Inputs, functions: dict[str, Callable[[], object]]
     info["GFLOP_per_s"] = flops / times[ours] / 1e9
     info["products_GFLOP_per_s"] = flops / bare / 1e9
     info["over_products"] = times[ours] / bare
-    info["extra_MiB"] = extra / 2**20
-    info["logits_MiB"] = x.tokens * x.vocab * x.hidden.element_size() / 2**20
+    info["logits_MiB"] = sides * x.tokens * x.vocab * x.hidden.element_size() / 2**20
+    info["gradients_MiB"] = (x.hidden.nbytes + x.weight.nbytes) / 2**20
     for name in functions:
         info[f"{name}_ms"] = times[name] * 1e3
         if name != ours:
             info[f"over_{name}"] = times[name] / times[ours]
+
+
+def eager_cross_entropy(x: Inputs) -> Tensor:
+    return F.cross_entropy((x.hidden @ x.weight.T).float(), x.targets)
+
+
+def eager_distillation(x: Inputs) -> Tensor:
+    log_q = torch.log_softmax((x.hidden @ x.weight.T).float(), -1)
+    log_p = torch.log_softmax((x.teacher_hidden @ x.teacher_weight.T).float(), -1)
+    return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
 
 
 def torch_fused(x: Inputs) -> dict[str, Callable[[], object]]:
@@ -122,7 +141,7 @@ def test_linear_cross_entropy(benchmark: Any, dtype: torch.dtype) -> None:
     x = Inputs(dtype, benchmark.disabled)
 
     def eager() -> Tensor:
-        return F.cross_entropy((x.hidden @ x.weight.T).float(), x.targets)
+        return eager_cross_entropy(x)
 
     functions: dict[str, Callable[[], object]] = {
         "pyalign": x.step(lambda: linear_cross_entropy(x.hidden, x.weight, x.targets)),
@@ -135,6 +154,9 @@ def test_linear_cross_entropy(benchmark: Any, dtype: torch.dtype) -> None:
     if not benchmark.disabled:
         functions["compile"] = x.step(torch.compile(eager))
     report(benchmark, x, functions, sides=1)
+    if not benchmark.disabled:
+        benchmark.extra_info["extra_MiB"] = peak_mib("cross_entropy", dtype)
+        benchmark.extra_info["eager_extra_MiB"] = peak_mib("cross_entropy_eager", dtype)
 
 
 @every_dtype
@@ -143,9 +165,7 @@ def test_linear_distillation(benchmark: Any, dtype: torch.dtype) -> None:
     teacher = (x.teacher_hidden, x.teacher_weight)
 
     def eager() -> Tensor:
-        log_q = torch.log_softmax((x.hidden @ x.weight.T).float(), -1)
-        log_p = torch.log_softmax((x.teacher_hidden @ x.teacher_weight.T).float(), -1)
-        return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean()
+        return eager_distillation(x)
 
     functions: dict[str, Callable[[], object]] = {
         "pyalign": x.step(lambda: linear_distillation_loss(x.hidden, x.weight, *teacher)),
@@ -157,6 +177,9 @@ def test_linear_distillation(benchmark: Any, dtype: torch.dtype) -> None:
     if not benchmark.disabled:
         functions["compile"] = x.step(torch.compile(eager))
     report(benchmark, x, functions, sides=2)
+    if not benchmark.disabled:
+        benchmark.extra_info["extra_MiB"] = peak_mib("distillation", dtype)
+        benchmark.extra_info["eager_extra_MiB"] = peak_mib("distillation_eager", dtype)
 
 
 def test_linear_logprobs_and_their_gradient(benchmark: Any) -> None:
@@ -171,3 +194,22 @@ def test_linear_logprobs_and_their_gradient(benchmark: Any) -> None:
         "eager": x.step(eager),
     }
     report(benchmark, x, functions, sides=2)
+
+
+def main() -> None:
+    case, dtype = sys.argv[1], getattr(torch, sys.argv[2])
+    losses: dict[str, Callable[[Inputs], Tensor]] = {
+        "cross_entropy": lambda x: linear_cross_entropy(x.hidden, x.weight, x.targets),
+        "cross_entropy_eager": eager_cross_entropy,
+        "distillation": lambda x: linear_distillation_loss(x.hidden, x.weight, x.teacher_hidden, x.teacher_weight),
+        "distillation_eager": eager_distillation,
+    }
+    for small in (True, False):  # the first loads code, starts threads
+        x = Inputs(dtype, small)
+        step = x.step(functools.partial(losses[case], x))
+        peak = peak_extra_memory(step, DEVICE)
+    print(peak / 2**20)
+
+
+if __name__ == "__main__":
+    main()
