@@ -204,6 +204,9 @@ def _reduce(row_loss: Tensor, reduction: str, denominator: Tensor | None) -> Ten
 
 def _check_indices(tokens: Tokens, counted: Tensor | None, options: Options, teacher_count: int) -> None:
     """On a CPU an out-of-range teacher row or target raises, under its number among all tokens."""
+    given = next((x for x in (tokens.teacher_rows, tokens.targets) if x is not None), None)
+    if given is None or given.device.type != "cpu":
+        return
     if tokens.teacher_rows is not None:
         assert counted is not None
         _reference.checked_index("teacher_rows", tokens.teacher_rows, teacher_count, counted)
@@ -322,7 +325,8 @@ def _cross_entropy(arguments: tuple[Any, ...]) -> list[Tensor]:
     head = parsed.head
     targets, num_items, upstream, ignore_index, label_smoothing, z_loss, reduction = parsed.loss
     counted = targets != ignore_index
-    _reference.checked_index("targets", targets, head.weight.shape[0], counted)
+    if targets.device.type == "cpu":
+        _reference.checked_index("targets", targets, head.weight.shape[0], counted)
     denominator = _denominator(Tokens(num_items=num_items, reduction=reduction), counted, head.hidden)
     factor = _factor(upstream, denominator, head.hidden)
     rows = engine(parsed.backend)
@@ -347,7 +351,8 @@ def _logprobs(arguments: tuple[Any, ...]) -> list[Tensor]:
     head = parsed.head
     targets, upstream_logprob, upstream_entropy, ignore_index, temperature = parsed.loss
     counted = targets != ignore_index
-    _reference.checked_index("targets", targets, head.weight.shape[0], counted)
+    if targets.device.type == "cpu":
+        _reference.checked_index("targets", targets, head.weight.shape[0], counted)
     upstreams = (upstream_logprob, upstream_entropy)
     rows = engine(parsed.backend)
     loss = _Logprob(rows, targets, ignore_index, temperature, head.softcap, upstreams, parsed.want_extra)
@@ -451,6 +456,13 @@ def _in_place_of(gradients: list[Tensor], needs: tuple[bool, ...]) -> list[Tenso
     return [next(given) if needed else None for needed in needs]
 
 
+def _first_order(
+    gradients: list[Tensor], operands: tuple[Tensor | None, ...], needs: tuple[bool, ...], upstream: Tensor
+) -> list[Any]:
+    wanted = [x for x, needed in zip(operands, needs, strict=True) if needed]
+    return [FirstOrderOnly.apply(gradient, x, upstream) for gradient, x in zip(gradients, wanted, strict=True)]
+
+
 class _LinearLoss(torch.autograd.Function):
     """(loss, *extra), differentiable in hidden states, weight and bias. The classic form."""
 
@@ -486,8 +498,7 @@ class _LinearLoss(torch.autograd.Function):
             call = ctx.call.with_tensors(tuple(tensors))
             gradients = call.gradients((hidden, weight, bias), ctx.needs, upstreams)
         if torch.is_grad_enabled():
-            hidden = ctx.saved_tensors[0]
-            gradients = [FirstOrderOnly.apply(gradient, hidden, upstream) for gradient in gradients]
+            gradients = _first_order(gradients, ctx.saved_tensors[:3], ctx.needs, upstream)
         return None, *_in_place_of(gradients, ctx.needs)
 
 
@@ -528,7 +539,7 @@ class _LinearLossTraced(torch.autograd.Function):
             for place, tensor in zip(ctx.places, tensors, strict=True):
                 arguments[place] = tensor
             gradients = call._replace(arguments=tuple(arguments)).gradients(operands, ctx.needs, upstreams)
-        gradients = [FirstOrderOnly.apply(gradient, operands[0], upstreams[0]) for gradient in gradients]
+        gradients = _first_order(gradients, operands, ctx.needs, upstreams[0])
         return (None, None, *_in_place_of(gradients, ctx.needs), *(None for _ in tensors))
 
 

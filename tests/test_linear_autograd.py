@@ -300,6 +300,17 @@ def test_a_second_derivative_raises(engine: Engine, kind: str):
 
 
 @every_kind
+@pytest.mark.parametrize("frozen", [("hidden",), ("weight", "bias")], ids="-".join)
+def test_a_second_derivative_of_what_is_not_frozen_raises(kind: str, frozen: tuple[str, ...]):
+    """Even with a constant upstream gradient, where the penalty would vanish silently."""
+    leaves, other = operands().leaves(*frozen), teacher()
+    wanted = [x for x in leaves if x is not None and x.requires_grad]
+    for gradient in torch.autograd.grad(call(kind, leaves, other).sum(), wanted, create_graph=True):
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            gradient.square().sum().backward(retain_graph=True)
+
+
+@every_kind
 def test_the_reference_has_second_derivatives(kind: str):
     x, other = operands(3, torch.float64, vocab=7, width=2), teacher(3, torch.float64, vocab=7)
     with pyalign.backend("reference"):
