@@ -68,8 +68,8 @@ def tokens(count: int = COUNT, device: str = "cpu") -> dict[str, Tensor]:
 @pytest.mark.smoke
 def test_results_and_gradients(engine: Engine, kind: str, dtype: torch.dtype, rows: int | None, chunks_of: SetRows):
     """8 doesn't divide the number of tokens that count."""
-    if not engine.serves(dtype) or (engine.slow and dtype == torch.float16):
-        pytest.skip("not served, or as bfloat16")
+    if not engine.serves(dtype) or (engine.slow and (dtype == torch.float16 or not rows)):
+        pytest.skip("not served, or as the others in Triton's interpreter")
     x, other = pair(engine, dtype)
     if rows:
         chunks_of(rows)
@@ -229,8 +229,8 @@ def test_any_chunk_gives_the_same(kind: str, dtype: torch.dtype, rows: int, chun
 @pytest.mark.parametrize("num_valid", [None, 16, 18, 40])
 def test_fixed_chunks_of_a_gpu(engine: Engine, kind: str, num_valid: int | None, chunks_of: SetRows):
     """Nobody knows how many tokens count: all are computed, or as many as the caller says, in a stable order."""
-    if engine.slow and num_valid == 40:
-        pytest.skip("as None, in Triton's interpreter")
+    if engine.slow and num_valid != 18:
+        pytest.skip("as the others, in Triton's interpreter")
     x, other = pair(engine, torch.float32)
     other.targets[:4] = -100
     chunks_of(8)

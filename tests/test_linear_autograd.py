@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from distill_support import KERNELS as ALL_KERNELS
-from distill_support import Engine, every_divergence, every_kernel, name_of, over, quick_engine
+from distill_support import Engine, every_divergence, name_of, over, quick_engine
 from linear_support import (
     COUNT,
     VOCAB,
@@ -116,7 +116,7 @@ class Spy:
         return counts
 
 
-@every_kernel
+@quick_kernel
 @every_kind
 def test_nothing_is_computed_for_what_needs_no_gradient(engine: Engine, kind: str, monkeypatch: pytest.MonkeyPatch):
     x, other = pair(engine)
@@ -217,13 +217,11 @@ def test_a_gradient_scaler_saves_float16(engine: Engine, kind: str):
 # Backward twice
 
 
-@every_kernel
+@quick_kernel
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name_of)
 def test_backwards_over_a_retained_graph_are_all_right(engine: Engine, kind: str, dtype: torch.dtype):
     """The first scales the stored gradients in place; later ones must not scale them again, nor return their memory."""
-    if engine.slow and dtype != torch.float32:
-        pytest.skip("as float32, in Triton's interpreter")
     x, other = pair(engine, dtype)
     leaves = x.leaves()
     with engine():
