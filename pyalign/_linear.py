@@ -29,7 +29,7 @@ from torch import Tensor
 from pyalign._types import accumulation_dtype
 
 ALIGNMENT = 64  # bytes
-_TILE = {"cpu": 4096}  # columns; elsewhere _GPU_TILE
+_TILE = {"cpu": 16384}  # columns; elsewhere _GPU_TILE
 _GPU_TILE = 32768
 # Rows of a chunk. Fewer than `least` would read the weight, and read and write its gradient, too often for the
 # products to be efficient; more than `enough` gain nothing that can be measured.
@@ -260,7 +260,9 @@ class Products:
         narrow = self.dtype.itemsize == 2
         tiled = converts or (narrow and not (self.wide and self.logits_dtype == self.dtype))
         self.tile = min(_TILE.get(device.type, _GPU_TILE), self.vocab) if tiled else max(self.vocab, 1)
-        self.hidden_dtype = self.sum_dtype if self.tile < self.vocab else self.dtype  # of a chunk's gradient
+        self.whole = not converts and self.logits_dtype == self.dtype  # only the weight's gradient is tiled, if any is
+        tiled = self.tile < self.vocab and not self.whole
+        self.hidden_dtype = self.sum_dtype if tiled else self.dtype  # of a chunk's gradient
 
     def reserve(self, layout: Layout, gathers: bool) -> None:
         p, tile, width = self.prefix, self.tile, self.width
@@ -302,10 +304,10 @@ class Products:
             rows.masked_fill_(~tokens.mask[:, None], 0.0)  # what lies in them must not meet a gradient of 0
         return rows
 
-    def _tiles(self, buffers: Buffers) -> Iterator[tuple[slice, Tensor]]:
+    def _tiles(self, buffers: Buffers, tile: int) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the vocabulary and their weights (t, H) in the products' dtype."""
-        for begin in range(0, self.vocab, self.tile):
-            columns = slice(begin, min(begin + self.tile, self.vocab))
+        for begin in range(0, self.vocab, tile):
+            columns = slice(begin, min(begin + tile, self.vocab))
             weight = self.weight[columns]
             if weight.dtype != self.dtype:
                 weight = buffers.take(self.prefix + "weight", columns.stop - begin, self.width).copy_(weight)
@@ -317,7 +319,7 @@ class Products:
         logits = buffers.take(self.prefix + "logits", count, self.vocab)
         bias = None if self.bias is None else self.bias.to(self.logits_dtype)
         same = self.logits_dtype == self.dtype
-        for columns, weight in self._tiles(buffers):
+        for columns, weight in self._tiles(buffers, self.vocab if self.whole else self.tile):
             out = logits[:, columns]
             if same and bias is not None:
                 torch.addmm(bias[columns], rows, weight.t(), out=out)
@@ -361,13 +363,15 @@ class Products:
             bias_sum.copy_(total) if is_first else bias_sum.add_(total)
         if self.wanted.hidden:
             hidden_sum = buffers.take(self.prefix + "hidden_gradient", count, self.width)
-        elif weight_sum is None:
-            return None
-        for columns, weight in self._tiles(buffers):
+            if self.whole:
+                self._add(gradient, self.weight, hidden_sum, True, buffers, "")
+        if weight_sum is None and (hidden_sum is None or self.whole):
+            return hidden_sum
+        for columns, weight in self._tiles(buffers, self.tile):
             part = gradient[:, columns]
             if part.dtype != self.dtype:
                 part = buffers.take(self.prefix + "tile", count, part.shape[1]).copy_(part)
-            if hidden_sum is not None:
+            if hidden_sum is not None and not self.whole:
                 self._add(part, weight, hidden_sum, columns.start == 0, buffers, "hidden_product")
             if weight_sum is not None:
                 self._add(part.t(), rows, weight_sum[columns], is_first, buffers, "weight_product")
