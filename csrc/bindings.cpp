@@ -238,6 +238,13 @@ void register_cpu(py::module_ m) {
     register_ranking<int>(m, cpu::pair_loss, cpu::ranked_loss, cpu::score_gradient);
     register_distill<int>(m, cpu::distill, cpu::topk_distill, cpu::topk, cpu::scale);
     register_logprob<int>(m, cpu::logprob);
+    m.def("widen", [](const py::tuple& matrix, int64_t count, int64_t width, uintptr_t a, uintptr_t b, int dtype,
+                      bool add, int threads) {
+        const Rows out = rows(matrix);
+        py::gil_scoped_release release;
+        cpu::widen(out, count, width, reinterpret_cast<const void*>(a), reinterpret_cast<const void*>(b),
+                   static_cast<Dtype>(dtype), add, threads);
+    });
     m.def("isa", cpu::isa);
     m.def("isas", cpu::isas);
 }

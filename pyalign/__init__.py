@@ -7,8 +7,15 @@ kernels, after Askell et al. 2021, *A General Language Assistant as a Laboratory
 from pyalign import distill, logprob, nn, ranking
 from pyalign._backends import backend
 from pyalign._version import __version__
-from pyalign.distill import TopKLogprobs, distillation_loss, topk_distillation_loss, topk_logprobs
-from pyalign.logprob import sequence_logprobs, token_logprobs
+from pyalign.distill import (
+    TopKLogprobs,
+    distillation_loss,
+    linear_distillation_loss,
+    linear_topk_distillation_loss,
+    topk_distillation_loss,
+    topk_logprobs,
+)
+from pyalign.logprob import linear_cross_entropy, linear_token_logprobs, sequence_logprobs, token_logprobs
 from pyalign.ranking import (
     PreferenceOutput,
     binary_discrimination_loss,
@@ -32,6 +39,10 @@ __all__ = [
     "distillation_loss",
     "dpo_loss",
     "kto_loss",
+    "linear_cross_entropy",
+    "linear_distillation_loss",
+    "linear_token_logprobs",
+    "linear_topk_distillation_loss",
     "logprob",
     "nn",
     "orpo_loss",

@@ -9,6 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from pyalign._linear import Settings
 from pyalign._types import REDUCTIONS, Tokens, accumulation_dtype
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -96,6 +97,71 @@ def denominator(num_items: int | Tensor | None, reduction: str, dtype: torch.dty
     if not isinstance(num_items, int) or num_items < 0:
         refuse("num_items", repr(num_items), "an int >= 0 or a 0-dim tensor")
     return torch.full((), num_items, dtype=dtype, device=like.device)
+
+
+# Projections of hidden states
+
+
+def projection(
+    prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, autocast: bool
+) -> None:
+    """Checks logits = softcap(hidden @ weight.T + bias); ``prefix`` is that of the arguments' names."""
+    floating(prefix + "hidden", hidden, 1)
+    floating(prefix + "weight", weight, 1)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or 0 in weight.shape:
+        wanted = f"(V, {hidden.shape[-1]}), a row for each of V > 0 entries, as long as {prefix}hidden's"
+        refuse(prefix + "weight", f"shape {tuple(weight.shape)}", wanted)
+    _same_place(prefix + "weight", weight, prefix + "hidden", hidden)
+    if weight.dtype != hidden.dtype and not autocast:
+        refuse(prefix + "weight", weight.dtype, f"{hidden.dtype}, that of {prefix}hidden (or autocast)", TypeError)
+    if bias is not None:
+        floating(prefix + "bias", bias, 1)
+        if bias.shape != weight.shape[:1]:
+            refuse(
+                prefix + "bias", f"shape {tuple(bias.shape)}", f"({weight.shape[0]},), one per row of {prefix}weight"
+            )
+        _same_place(prefix + "bias", bias, prefix + "hidden", hidden)
+    _softcap(prefix + "softcap", softcap)
+
+
+_softcap = softcap
+
+
+def flat_rows(x: Tensor) -> Tensor:
+    """(..., H) as (N, H)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _same_place(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        refuse(name, f"a tensor on {x.device}", f"one on {other.device}, where {other_name} is")
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks products for; None outside it, and for float64, which it leaves alone."""
+    if not isinstance(x, Tensor) or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def linear_settings(
+    workspace_bytes: int | None,
+    num_valid: int | None,
+    logits_dtype: torch.dtype | None,
+    gemm_dtype: torch.dtype | None,
+    *hidden: Tensor,
+) -> Settings:
+    """How logits are computed, ``hidden`` being the student's and, if there is one, the teacher's hidden states."""
+    for name, value, least in (("workspace_bytes", workspace_bytes, 1), ("num_valid", num_valid, 0)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            refuse(name, repr(value), f"an int >= {least}, or None")
+    wide = accumulation_dtype(hidden[0].dtype)
+    if logits_dtype is not None and logits_dtype != wide:
+        products = {x.dtype if gemm_dtype is None else gemm_dtype for x in hidden}
+        if products != {logits_dtype} or logits_dtype.itemsize != 2:
+            given = " and ".join(sorted(str(x) for x in products))
+            refuse("logits_dtype", logits_dtype, f"{wide}, or the 16-bit dtype of all products (here {given})")
+    return Settings(workspace_bytes, num_valid, gemm_dtype, logits_dtype or wide)
 
 
 def tokens(

@@ -212,7 +212,10 @@ class _Engine(Module):
 
 
 class _Cpu(OnCpu, _Engine):
-    pass
+    def widen(self, out: Tensor, a: Tensor, b: Tensor | None, add: bool) -> None:
+        """out = a [+ b] [+ out], summed in float32; ``a`` and ``b`` are dense, of a 16-bit dtype."""
+        (count, width), matrix = out.shape, row_pointers(out)[1]
+        self._call("widen", out.device, matrix, count, width, a.data_ptr(), pointer(b), DTYPES[a.dtype], add)
 
 
 class _Cuda(OnCuda, _Engine):

@@ -12,15 +12,19 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from pyalign import _checks, _ops
+from pyalign import _checks, _ops, _ops_linear
 from pyalign._backends import TRITON_TOPK_VOCAB, choose_name
+from pyalign._linear import Projection, Settings
 from pyalign._types import DIVERGENCES, TAILS, Options, Results, Tokens, accumulation_dtype
 from pyalign.reference import distill as _reference
+from pyalign.reference import linear as _linear_reference
 
 __all__ = [
     "DistillationMetrics",
     "TopKLogprobs",
     "distillation_loss",
+    "linear_distillation_loss",
+    "linear_topk_distillation_loss",
     "topk_distillation_loss",
     "topk_logprobs",
 ]
@@ -255,6 +259,18 @@ def _check_teacher(teacher: TopKLogprobs, student: Tensor, by_row: bool) -> None
     _checks.same_device("teacher.indices", indices, student)
 
 
+def _check_stored(teacher: TopKLogprobs, tail: str, student: Tensor, by_row: bool, temperature: float | None) -> float:
+    """Checks a stored teacher of ``student`` (..., V or H); returns its temperature."""
+    _checks.one_of("tail", tail, TAILS)
+    if not isinstance(teacher, TopKLogprobs):
+        _checks.refuse("teacher", type(teacher).__name__, "a TopKLogprobs", TypeError)
+    _check_teacher(teacher, student, by_row)
+    stored = _checks.temperature("teacher.temperature", teacher.temperature)
+    if temperature is not None and not math.isclose(temperature, stored, rel_tol=1e-6):
+        _checks.refuse("temperature", temperature, f"the teacher's stored {stored}: its tail can't be re-tempered")
+    return stored
+
+
 @overload
 def topk_distillation_loss(
     student_logits: Tensor, teacher: TopKLogprobs, *, return_metrics: Literal[False] = False, **options: Any
@@ -317,13 +333,7 @@ def topk_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **
     """
     _checks.no_process_group(process_group)
     _checks.floating("student_logits", student_logits, 1)
-    _checks.one_of("tail", tail, TAILS)
-    if not isinstance(teacher, TopKLogprobs):
-        _checks.refuse("teacher", type(teacher).__name__, "a TopKLogprobs", TypeError)
-    _check_teacher(teacher, student_logits, teacher_rows is not None)
-    stored = _checks.temperature("teacher.temperature", teacher.temperature)
-    if temperature is not None and not math.isclose(temperature, stored, rel_tol=1e-6):
-        _checks.refuse("temperature", temperature, f"the teacher's stored {stored}: its tail can't be re-tempered")
+    stored = _check_stored(teacher, tail, student_logits, teacher_rows is not None, temperature)
     vocab = _vocabulary(vocab_size, student_logits, None)
     tokens = _checks.tokens(
         student_logits, mask=mask, labels=labels, ignore_index=ignore_index, teacher_rows=teacher_rows, weight=weight,
@@ -333,3 +343,237 @@ def topk_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **
     logprobs, residual = teacher.logprobs.detach(), teacher.residual
     inputs = (logprobs, teacher.indices, None if residual is None else residual.detach(), tail)
     return _run(_ops.TOPK_DISTILL, student_logits, inputs, tokens, options, inplace, return_metrics)
+
+
+def _run_linear(
+    name: str, student: Projection, teacher: tuple[Any, ...], tokens: Tokens, options: Options, settings: Settings,
+    shape: torch.Size, return_metrics: bool,
+) -> Any:  # fmt: skip
+    """Dispatches a loss straight from hidden states; ``student.hidden`` is flat, ``shape`` that of its tokens."""
+    hidden = student.hidden
+    backend = choose_name(hidden.device.type, hidden.device.index, settings.logits_dtype)
+    if backend == "reference":
+        function = getattr(_linear_reference, name)
+        other = Projection(*teacher) if name == "linear_distill" else teacher
+        results = tuple(function(student, other, tokens, options, settings, return_metrics))
+    else:
+        arguments = (student.softcap, *teacher, *tokens, *options, *settings)
+        stores = tokens.reduction != "none" and hidden.dtype != torch.float16
+        call = _ops_linear.Call(name, arguments, _ops_linear.DISTILL_UPSTREAMS, stores, return_metrics, backend)
+        results = _ops_linear.loss(call, *student[:3])
+    loss = results[0] if tokens.reduction != "none" else results[0].view(shape)
+    if not return_metrics:
+        return loss
+    return loss, DistillationMetrics(results[1].view(shape), results[2].view(shape))
+
+
+@overload
+def linear_distillation_loss(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
+    return_metrics: Literal[False] = False, **options: Any,
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_distillation_loss(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, *,
+    return_metrics: Literal[True], **options: Any,
+) -> tuple[Tensor, DistillationMetrics]: ...  # fmt: skip
+def linear_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **options stands for the list below
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    teacher_rows: Tensor | None = None,
+    weight: Tensor | None = None,
+    temperature: float = 1.0,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    temperature_squared: bool = False,
+    vocab_size: int | None = None,
+    num_items: int | Tensor | None = None,
+    reduction: str = "mean",
+    targets: Tensor | None = None,
+    hard_weight: float = 0.0,
+    logits_dtype: torch.dtype | None = None,
+    workspace_bytes: int | None = None,
+    num_valid: int | None = None,
+    return_metrics: bool = False,
+    process_group: Any = None,
+) -> Tensor | tuple[Tensor, DistillationMetrics]:
+    """:func:`distillation_loss` straight from hidden states: no logits of tokens x vocabulary are ever held.
+
+    On both sides logits = softcap(hidden @ weight.T + bias) / T in this order, softcap(x) = c tanh(x / c). They exist
+    for a chunk of tokens at a time, in a workspace; our kernel writes the gradient over them, and products of torch
+    turn it into the gradients of student_hidden, student_weight and student_bias. An operand that needs no gradient
+    costs none. The teacher is a constant. Tokens that don't count cost nothing on a CPU; see ``num_valid`` for a GPU.
+
+    Args:
+        student_hidden: (..., H_s) float32, bfloat16, float16 or float64.
+        student_weight: (V, H_s), the head, in the dtype of the hidden states (under autocast in any).
+        teacher_hidden: (..., H_t) with the same leading shape (any, with ``teacher_rows``, which name rows of
+            ``teacher_hidden.flatten(0, -2)``); size and dtype may differ from the student's.
+        teacher_weight: (V, H_t).
+        student_bias, teacher_bias: (V,).
+        student_softcap, teacher_softcap: c > 0, or None for no soft cap.
+        mask, labels, ignore_index, teacher_rows, weight, temperature, divergence, beta, temperature_squared,
+            vocab_size, num_items, reduction, targets, hard_weight, return_metrics: as in :func:`distillation_loss`;
+            the hard term sees the capped logits.
+        logits_dtype: of the chunks. None: float32 (float64 for float64), also from 16-bit operands, whose products are
+            kept unrounded. A 16-bit dtype, that of the products, halves the workspace and saves time, but near
+            convergence the rounding of the logits is larger than the difference that is learned from: at a KL of 3e-4
+            bfloat16 logits put the gradients off by 49 %, float32 logits by 0.3 %.
+        workspace_bytes: what the chunks' buffers take at most. None: up to 512 tokens at a time on a CPU, 4096 on a
+            GPU, fewer where that is over a quarter of the available memory; 64 (512) at least, or the products would
+            be slow. What the products take for themselves (the vendor library's own buffers) comes on top.
+        num_valid: an int the caller knows, at least as many as the tokens that count. On a GPU it saves the products of
+            the others; without it they are computed, because to count them would mean to wait. Fewer than the tokens
+            that count raises on a CPU and gives NaN on a GPU.
+        process_group: not available in this release.
+
+    Returns:
+        The loss, float32 (float64 for float64 hidden states): () or, for "none", (...); with ``return_metrics`` a pair.
+
+    Products are the vendor library's, our row kernels run between them. (A kernel that folds the logits inside the
+    product would save their round trip through memory; none is shipped that no GPU has measured.)
+
+    Memory: the workspace, the gradients, where the weight needs one its sum over chunks in float32 (which is the
+    gradient of a float32 weight), and a few numbers per token. Under autocast products are computed in autocast's
+    dtype, from operands converted chunk by chunk, and gradients have the dtype of what they are gradients of.
+
+    "mean" and "sum" compute the gradients in the forward pass, from one projection of either side; float16 and "none"
+    project again in the backward pass, and so does a second backward over a retained graph.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or value; a workspace too small for the
+            smallest chunk.
+        RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
+    """
+    _checks.no_process_group(process_group)
+    gemm_dtype = _checks.autocast_dtype(student_hidden)
+    autocast = gemm_dtype is not None
+    _checks.projection("student_", student_hidden, student_weight, student_bias, student_softcap, autocast)
+    _checks.projection("teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, autocast)
+    _checks.same_device("teacher_hidden", teacher_hidden, student_hidden)
+    if teacher_rows is None and teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
+        _checks.refuse(
+            "teacher_hidden",
+            f"leading shape {tuple(teacher_hidden.shape[:-1])}",
+            f"the student's {tuple(student_hidden.shape[:-1])}, or teacher_rows= to match them",
+        )
+    vocab = _linear_vocabulary(vocab_size, student_weight, teacher_weight)
+    tokens = _checks.tokens(
+        student_hidden, mask=mask, labels=labels, ignore_index=ignore_index, teacher_rows=teacher_rows, weight=weight,
+        targets=targets, hard_weight=hard_weight, num_items=num_items, reduction=reduction,
+    )  # fmt: skip
+    temperature = _checks.temperature("temperature", temperature)
+    options = _options(vocab, divergence, beta, temperature, temperature_squared, hard_weight)
+    settings = _checks.linear_settings(
+        workspace_bytes, num_valid, logits_dtype, gemm_dtype, student_hidden, teacher_hidden
+    )
+    student = Projection(_checks.flat_rows(student_hidden), student_weight, student_bias, student_softcap)
+    bias = None if teacher_bias is None else teacher_bias.detach()
+    teacher = (_checks.flat_rows(teacher_hidden.detach()), teacher_weight.detach(), bias, teacher_softcap)
+    shape = student_hidden.shape[:-1]
+    return _run_linear("linear_distill", student, teacher, tokens, options, settings, shape, return_metrics)
+
+
+def _linear_vocabulary(vocab_size: int | None, student_weight: Tensor, teacher_weight: Tensor | None) -> int:
+    width = student_weight.shape[0]
+    if vocab_size is None:
+        if teacher_weight is not None and teacher_weight.shape[0] != width:
+            wanted = f"the student's {width}, or vocab_size= for both"
+            _checks.refuse("teacher_weight", f"a vocabulary of {teacher_weight.shape[0]}", wanted)
+        return width
+    limit = width if teacher_weight is None else min(width, teacher_weight.shape[0])
+    if not isinstance(vocab_size, int) or not 0 < vocab_size <= limit:
+        _checks.refuse("vocab_size", repr(vocab_size), f"an int with 0 < vocab_size <= {limit}, the smaller head")
+    return vocab_size
+
+
+@overload
+def linear_topk_distillation_loss(
+    student_hidden: Tensor, student_weight: Tensor, teacher: TopKLogprobs, *,
+    return_metrics: Literal[False] = False, **options: Any,
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_topk_distillation_loss(
+    student_hidden: Tensor, student_weight: Tensor, teacher: TopKLogprobs, *,
+    return_metrics: Literal[True], **options: Any,
+) -> tuple[Tensor, DistillationMetrics]: ...  # fmt: skip
+def linear_topk_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **options: the list below
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: TopKLogprobs,
+    *,
+    student_bias: Tensor | None = None,
+    student_softcap: float | None = None,
+    divergence: str = "forward_kl",
+    tail: str = "bucket",
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    teacher_rows: Tensor | None = None,
+    weight: Tensor | None = None,
+    temperature: float | None = None,
+    beta: float = 0.5,
+    temperature_squared: bool = False,
+    vocab_size: int | None = None,
+    num_items: int | Tensor | None = None,
+    reduction: str = "mean",
+    targets: Tensor | None = None,
+    hard_weight: float = 0.0,
+    logits_dtype: torch.dtype | None = None,
+    workspace_bytes: int | None = None,
+    num_valid: int | None = None,
+    return_metrics: bool = False,
+    process_group: Any = None,
+) -> Tensor | tuple[Tensor, DistillationMetrics]:
+    """:func:`topk_distillation_loss` straight from hidden states: no logits of tokens x vocabulary are ever held.
+
+    The student's logits are softcap(student_hidden @ student_weight.T + student_bias) / T at the teacher's stored
+    temperature T; chunks, memory, dtypes and when gradients are computed are as in :func:`linear_distillation_loss`.
+
+    Args:
+        student_hidden: (..., H) float32, bfloat16, float16 or float64.
+        student_weight: (V, H), the head.
+        teacher: :class:`TopKLogprobs` with the student's leading shape (any, with ``teacher_rows``).
+        student_bias: (V,).
+        student_softcap: c > 0, or None for no soft cap.
+        divergence, tail, mask, labels, ignore_index, teacher_rows, weight, temperature, beta, temperature_squared,
+            vocab_size, num_items, reduction, targets, hard_weight, return_metrics: as in
+            :func:`topk_distillation_loss`.
+        logits_dtype, workspace_bytes, num_valid, process_group: as in :func:`linear_distillation_loss`.
+
+    Returns:
+        The loss, float32 (float64 for float64 hidden states): () or, for "none", (...); with ``return_metrics`` a pair.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or value; a workspace too small for the
+            smallest chunk. An index twice in one row, or out of range, raises on the CPU and gives NaN on a GPU.
+        RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
+    """
+    _checks.no_process_group(process_group)
+    gemm_dtype = _checks.autocast_dtype(student_hidden)
+    autocast = gemm_dtype is not None
+    _checks.projection("student_", student_hidden, student_weight, student_bias, student_softcap, autocast)
+    stored = _check_stored(teacher, tail, student_hidden, teacher_rows is not None, temperature)
+    vocab = _linear_vocabulary(vocab_size, student_weight, None)
+    tokens = _checks.tokens(
+        student_hidden, mask=mask, labels=labels, ignore_index=ignore_index, teacher_rows=teacher_rows, weight=weight,
+        targets=targets, hard_weight=hard_weight, num_items=num_items, reduction=reduction,
+    )  # fmt: skip
+    options = _options(vocab, divergence, beta, stored, temperature_squared, hard_weight)
+    settings = _checks.linear_settings(workspace_bytes, num_valid, logits_dtype, gemm_dtype, student_hidden)
+    student = Projection(_checks.flat_rows(student_hidden), student_weight, student_bias, student_softcap)
+    k, residual = teacher.indices.shape[-1], teacher.residual
+    logprobs, indices = teacher.logprobs.detach().reshape(-1, k), teacher.indices.reshape(-1, k)
+    inputs = (logprobs, indices, None if residual is None else residual.detach().reshape(-1), tail)
+    shape = student_hidden.shape[:-1]
+    return _run_linear("linear_topk_distill", student, inputs, tokens, options, settings, shape, return_metrics)

@@ -11,13 +11,15 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from pyalign import _checks, _ops_logprob
+from pyalign import _checks, _ops_linear, _ops_logprob
 from pyalign._backends import choose_name
+from pyalign._linear import Projection, Settings
 from pyalign._ops import unwatched
-from pyalign._types import accumulation_dtype
+from pyalign._types import REDUCTIONS, LogprobResults, accumulation_dtype
+from pyalign.reference import linear as _linear_reference
 from pyalign.reference import logprob as _reference
 
-__all__ = ["sequence_logprobs", "token_logprobs"]
+__all__ = ["linear_cross_entropy", "linear_token_logprobs", "sequence_logprobs", "token_logprobs"]
 
 
 @overload
@@ -181,3 +183,173 @@ def sequence_logprobs(
             counts = mask.sum(-1) if offsets is None else _segment_sums(mask, offsets)
         sums = sums / (counts.clamp(min=1) if isinstance(counts, Tensor) else max(counts, 1))
     return sums.to(accumulation_dtype(token_logprobs.dtype))
+
+
+# Straight from hidden states
+
+
+@overload
+def linear_token_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, return_entropy: Literal[False] = False, **options: Any
+) -> Tensor: ...
+@overload
+def linear_token_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, return_entropy: Literal[True], **options: Any
+) -> tuple[Tensor, Tensor]: ...
+def linear_token_logprobs(  # pyright: ignore[reportInconsistentOverload]  # **options stands for the list below
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+    logits_dtype: torch.dtype | None = None,
+    workspace_bytes: int | None = None,
+    num_valid: int | None = None,
+    process_group: Any = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`token_logprobs` straight from hidden states: no logits of tokens x vocabulary are ever held.
+
+    With z = softcap(hidden @ weight.T + bias) / T in this order, softcap(x) = c tanh(x / c), and q = softmax(z):
+
+        logprob = log q_target,    entropy = -sum q log q
+
+    Logits exist for a chunk of tokens at a time. Both results take an upstream gradient per token, so backward computes
+    the chunk's logits again, writes the gradient over them, and multiplies it into those of hidden states and weight.
+
+    Args:
+        hidden: (..., H) float32, bfloat16, float16 or float64.
+        weight: (V, H), the head, in the dtype of the hidden states (under autocast in any).
+        targets: (...) integer.
+        bias: (V,).
+        ignore_index: the target of tokens that don't count: log-prob, entropy and gradient are 0.
+        temperature: T > 0.
+        softcap: c > 0, or None.
+        return_entropy: also return the entropies, in nats, differentiable.
+        logits_dtype, workspace_bytes, num_valid, process_group: as in
+            :func:`pyalign.distill.linear_distillation_loss`, which also says what memory is taken.
+
+    Returns:
+        (...) log-probs, float32 (float64 for float64), or a pair with the entropies.
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or value; a workspace too small for the
+            smallest chunk. An out-of-range target raises on the CPU and gives NaN for its row on a GPU.
+        RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
+    """
+    head, targets, settings = _linear_arguments(
+        hidden, weight, bias, softcap, targets, logits_dtype, workspace_bytes, num_valid, process_group
+    )
+    temperature = _checks.temperature("temperature", temperature)
+    backend = choose_name(hidden.device.type, hidden.device.index, settings.logits_dtype)
+    want_entropy = bool(return_entropy)
+    if backend == "reference":
+        results = _linear_reference.linear_logprob(head, targets, ignore_index, temperature, want_entropy, settings)
+    else:
+        upstreams = _ops_linear.LOGPROB_AND_ENTROPY_UPSTREAMS if want_entropy else _ops_linear.LOGPROB_UPSTREAMS
+        arguments = (head.softcap, targets, None, None, ignore_index, temperature, *settings)
+        call = _ops_linear.Call("linear_logprob", arguments, upstreams, False, want_entropy, backend)
+        logprob, *entropy = _ops_linear.loss(call, *head[:3])
+        results = LogprobResults(logprob, entropy[0] if entropy else None, None)
+    shape = hidden.shape[:-1]
+    if not want_entropy:
+        return results.logprob.view(shape)
+    assert results.entropy is not None
+    return results.logprob.view(shape), results.entropy.view(shape)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    num_items: int | Tensor | None = None,
+    reduction: str = "mean",
+    logits_dtype: torch.dtype | None = None,
+    workspace_bytes: int | None = None,
+    num_valid: int | None = None,
+    process_group: Any = None,
+) -> Tensor:
+    """Cross-entropy straight from hidden states: no logits of tokens x vocabulary are ever held.
+
+    With y = softcap(hidden @ weight.T + bias), softcap(x) = c tanh(x / c), q = softmax(y), e = label_smoothing, per
+    token
+
+        loss = -(1 - e) log q_target - e mean(log q) + z_loss * logsumexp(y)^2
+
+    (label smoothing as torch defines it; the z-loss of PaLM, Chowdhery et al. 2022, arXiv 2204.02311). "mean" and "sum"
+    compute the gradients of hidden, weight and bias in the forward pass, from three matrix products in all; float16 and
+    "none" project again in the backward pass, and so does a second backward over a retained graph. An operand that
+    needs no gradient costs none.
+
+    Args:
+        hidden: (..., H) float32, bfloat16, float16 or float64.
+        weight: (V, H), the head, in the dtype of the hidden states (under autocast in any).
+        targets: (...) integer.
+        bias: (V,).
+        ignore_index: the target of tokens that don't count.
+        label_smoothing: 0 <= e < 1.
+        z_loss: its coefficient, >= 0.
+        softcap: c > 0, or None.
+        num_items: int or 0-dim tensor that replaces the number of counted tokens as the denominator of "mean".
+        reduction: "mean" over counted tokens (the mean of nothing is a differentiable 0), "sum", or "none": (...).
+        logits_dtype, workspace_bytes, num_valid, process_group: as in
+            :func:`pyalign.distill.linear_distillation_loss`, which also says what memory is taken.
+
+    Returns:
+        The loss, float32 (float64 for float64): () or, for "none", (...).
+
+    Raises:
+        ValueError, TypeError: an argument of the wrong shape, dtype, device or value; a workspace too small for the
+            smallest chunk. An out-of-range target raises on the CPU and gives NaN for its row on a GPU.
+        RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
+    """
+    head, targets, settings = _linear_arguments(
+        hidden, weight, bias, softcap, targets, logits_dtype, workspace_bytes, num_valid, process_group
+    )
+    smoothing = _checks.number("label_smoothing", label_smoothing, "0 <= label_smoothing < 1", lambda x: 0 <= x < 1)
+    z_loss = _checks.number("z_loss", z_loss, "a finite number >= 0", lambda x: x >= 0)
+    _checks.one_of("reduction", reduction, REDUCTIONS)
+    divisor = _checks.denominator(num_items, reduction, accumulation_dtype(hidden.dtype), hidden)
+    backend = choose_name(hidden.device.type, hidden.device.index, settings.logits_dtype)
+    if backend == "reference":
+        loss = _linear_reference.linear_cross_entropy(
+            head, targets, divisor, ignore_index, smoothing, z_loss, reduction, settings
+        )
+    else:
+        stores = reduction != "none" and hidden.dtype != torch.float16
+        arguments = (
+            head.softcap, targets, divisor, None, ignore_index, smoothing, z_loss, reduction, *settings
+        )  # fmt: skip
+        upstreams = _ops_linear.CROSS_ENTROPY_UPSTREAMS
+        call = _ops_linear.Call("linear_cross_entropy", arguments, upstreams, stores, False, backend)
+        (loss,) = _ops_linear.loss(call, *head[:3])
+    return loss.view(hidden.shape[:-1]) if reduction == "none" else loss
+
+
+def _linear_arguments(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    targets: Tensor,
+    logits_dtype: torch.dtype | None,
+    workspace_bytes: int | None,
+    num_valid: int | None,
+    process_group: object,
+) -> tuple[Projection, Tensor, Settings]:
+    """The head over flat hidden states, flat targets, and how logits are computed."""
+    _checks.no_process_group(process_group)
+    gemm_dtype = _checks.autocast_dtype(hidden)
+    _checks.projection("", hidden, weight, bias, softcap, gemm_dtype is not None)
+    targets = _checks.integers("targets", targets, hidden.shape[:-1], hidden)
+    settings = _checks.linear_settings(workspace_bytes, num_valid, logits_dtype, gemm_dtype, hidden)
+    return Projection(_checks.flat_rows(hidden), weight, bias, softcap), targets, settings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pyalign import distill, logprob, ranking
@@ -16,6 +17,9 @@ __all__ = [
     "DPOLoss",
     "DistillationLoss",
     "KTOLoss",
+    "LinearCrossEntropyLoss",
+    "LinearDistillationLoss",
+    "LinearTopKDistillationLoss",
     "ORPOLoss",
     "PairwisePreferenceLoss",
     "RankedPreferenceLoss",
@@ -133,6 +137,134 @@ class TokenLogprobs(_LossModule):
     def forward(self, logits: Tensor, targets: Tensor) -> Any:
         """Log-probs (...) or, with ``return_entropy``, a pair with the entropies."""
         return logprob.token_logprobs(logits, targets, **self.options)
+
+
+class LinearDistillationLoss(_LossModule):
+    """:func:`pyalign.distill.linear_distillation_loss` with its options fixed; tensors are given to ``forward``.
+
+    >>> criterion = LinearDistillationLoss(divergence="jsd", student_softcap=30.0)
+    >>> loss = criterion(student_hidden, student_head.weight, teacher_hidden, teacher_head.weight, labels=labels)
+    """
+
+    def __init__(
+        self,
+        *,
+        divergence: str = "forward_kl",
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        temperature_squared: bool = False,
+        student_softcap: float | None = None,
+        teacher_softcap: float | None = None,
+        hard_weight: float = 0.0,
+        ignore_index: int = -100,
+        vocab_size: int | None = None,
+        reduction: str = "mean",
+        logits_dtype: torch.dtype | None = None,
+        workspace_bytes: int | None = None,
+    ) -> None:
+        super().__init__(
+            divergence=divergence,
+            beta=beta,
+            temperature=temperature,
+            temperature_squared=temperature_squared,
+            student_softcap=student_softcap,
+            teacher_softcap=teacher_softcap,
+            hard_weight=hard_weight,
+            ignore_index=ignore_index,
+            vocab_size=vocab_size,
+            reduction=reduction,
+            logits_dtype=logits_dtype,
+            workspace_bytes=workspace_bytes,
+        )
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        **tensors: Any,
+    ) -> Any:
+        """The loss; ``tensors`` are student_bias, teacher_bias, mask, labels, teacher_rows, weight, targets, num_items,
+        num_valid, return_metrics."""
+        return distill.linear_distillation_loss(
+            student_hidden, student_weight, teacher_hidden, teacher_weight, **self.options, **tensors
+        )
+
+
+class LinearTopKDistillationLoss(_LossModule):
+    """:func:`pyalign.distill.linear_topk_distillation_loss` with its options fixed; tensors are given to ``forward``.
+
+    >>> criterion = LinearTopKDistillationLoss(tail="bucket")
+    >>> loss = criterion(hidden, model.lm_head.weight, stored, mask=mask)
+    """
+
+    def __init__(
+        self,
+        *,
+        divergence: str = "forward_kl",
+        tail: str = "bucket",
+        beta: float = 0.5,
+        temperature_squared: bool = False,
+        student_softcap: float | None = None,
+        hard_weight: float = 0.0,
+        ignore_index: int = -100,
+        vocab_size: int | None = None,
+        reduction: str = "mean",
+        logits_dtype: torch.dtype | None = None,
+        workspace_bytes: int | None = None,
+    ) -> None:
+        super().__init__(
+            divergence=divergence,
+            tail=tail,
+            beta=beta,
+            temperature_squared=temperature_squared,
+            student_softcap=student_softcap,
+            hard_weight=hard_weight,
+            ignore_index=ignore_index,
+            vocab_size=vocab_size,
+            reduction=reduction,
+            logits_dtype=logits_dtype,
+            workspace_bytes=workspace_bytes,
+        )
+
+    def forward(self, student_hidden: Tensor, student_weight: Tensor, teacher: TopKLogprobs, **tensors: Any) -> Any:
+        """The loss; ``tensors`` are student_bias, mask, labels, teacher_rows, weight, targets, num_items, num_valid,
+        return_metrics."""
+        return distill.linear_topk_distillation_loss(student_hidden, student_weight, teacher, **self.options, **tensors)
+
+
+class LinearCrossEntropyLoss(_LossModule):
+    """:func:`pyalign.logprob.linear_cross_entropy` with its options fixed; tensors are given to ``forward``.
+
+    >>> criterion = LinearCrossEntropyLoss(label_smoothing=0.1)
+    >>> loss = criterion(hidden, model.lm_head.weight, targets)
+    """
+
+    def __init__(
+        self,
+        *,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        reduction: str = "mean",
+        logits_dtype: torch.dtype | None = None,
+        workspace_bytes: int | None = None,
+    ) -> None:
+        super().__init__(
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            reduction=reduction,
+            logits_dtype=logits_dtype,
+            workspace_bytes=workspace_bytes,
+        )
+
+    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, **tensors: Any) -> Tensor:
+        """The loss; ``tensors`` are bias, num_items, num_valid."""
+        return logprob.linear_cross_entropy(hidden, weight, targets, **self.options, **tensors)
 
 
 class PairwisePreferenceLoss(_LossModule):

@@ -1044,3 +1044,24 @@ def test_the_demo_halves_the_kl(tmp_path: Path):
     figures = json.loads((tmp_path / "report.json").read_text())
     assert figures["kl_after"] < 0.5 * figures["kl_before"]
     assert figures["exact"]["kl_distilled"] < 0.5 * figures["exact"]["kl_plain"]
+
+
+def test_a_plain_head_makes_no_logits_and_another_still_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The step's loss and gradients are those of the loss from logits, whichever way the head is reached."""
+    lm = load(make_model(tmp_path / "model"), dtype="float32")
+    features = torch.randn(7, lm.model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    stored = topk_logprobs(torch.randn(7, lm.vocab_size, generator=torch.Generator().manual_seed(1)), 5)
+    head: torch.nn.Linear = lm.model.get_output_embeddings()
+    outcomes: list[tuple[Any, ...]] = []
+    for hook in (None, lambda *_: None):
+        handle = head.register_forward_hook(hook) if hook else None
+        cut = features.clone().requires_grad_()
+        loss = lm.topk_loss(cut, stored, divergence="jsd", beta=0.3, num_items=9)
+        outcomes.append((loss, *torch.autograd.grad(loss, (cut, head.weight))))
+        if handle is not None:
+            handle.remove()
+    torch.testing.assert_close(outcomes[0], outcomes[1])
+    calls: list[int] = []
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda *_: calls.append(1))
+    lm.topk_loss(features, stored)
+    assert not calls

@@ -18,6 +18,10 @@ void topk(const TopKArgs& args, int threads);
 // x *= factor[0] for rows of `width`; returns at once where the factor is 1. `factor` has x's accumulation dtype.
 void scale(const Rows& x, int64_t count, int64_t width, const void* factor, int threads);
 
+// out = a [+ b] [+ out] in float32 for rows of `width`; a and, if given, b are dense, of a 16-bit dtype.
+void widen(const Rows& out, int64_t count, int64_t width, const void* a, const void* b, Dtype dtype, bool add,
+           int threads);
+
 // Throws std::invalid_argument for an out-of-range target, before anything is written.
 void logprob(const LogprobArgs& args, int threads);
 

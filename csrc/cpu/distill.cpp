@@ -166,6 +166,19 @@ void refuse(const char* name, int64_t row, int64_t value, int64_t limit) {
                                 "; wanted 0 <= " + name + " < " + std::to_string(limit));
 }
 
+void widen(const Rows& out, int64_t count, int64_t width, const void* a, const void* b, Dtype dtype, bool add,
+           int threads) {
+    if (dtype != Dtype::kBFloat16 && dtype != Dtype::kFloat16) throw std::invalid_argument("widen: wanted 16 bits");
+    constexpr int64_t kGrain = 65536;
+    const int64_t rows = width < kGrain ? kGrain / (width + 1) + 1 : 1;
+    parallel(count, rows, width, 0, threads, [&](int64_t begin, int64_t end, std::byte*) {
+        for (int64_t row = begin; row < end; ++row) {
+            const auto at = [&](const void* x) { return x ? static_cast<const uint16_t*>(x) + row * width : nullptr; };
+            kernels().widen(static_cast<float*>(out.data) + out.start(row), at(a), at(b), dtype, width, add);
+        }
+    });
+}
+
 bool is_streamed(const Rows& gradient, const Rows& logits, int64_t elements) {
     constexpr int64_t kStreamBytes = int64_t{16} << 20;
     const bool in_place = gradient.data == logits.data;

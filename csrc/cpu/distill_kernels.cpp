@@ -588,12 +588,34 @@ void scale(void* x, Dtype dtype, int64_t begin, int64_t end, double factor) {
     }
 }
 
+// ---- Widen ----
+
+template <class T>
+void widen_with(float* out, const void* first, const void* second, int64_t count, bool add) {
+    const T *a = static_cast<const T*>(first), *b = static_cast<const T*>(second);
+    if (b && !add) {
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) out[i] = value(a[i]) + value(b[i]);
+    } else if (!b && add) {
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) out[i] += value(a[i]);
+    } else {
+        for (int64_t i = 0; i < count; ++i) out[i] = (add ? out[i] : 0) + value(a[i]) + (b ? value(b[i]) : 0);
+    }
+}
+
+void widen(float* out, const void* a, const void* b, Dtype dtype, int64_t count, bool add) {
+    if (dtype == Dtype::kBFloat16) return widen_with<BFloat16>(out, a, b, count, add);
+    widen_with<Float16>(out, a, b, count, add);
+}
+
 }  // namespace
 
 #define PYALIGN_STRING(x) #x
 #define PYALIGN_NAME(x) PYALIGN_STRING(x)
 extern const Kernels kKernels;
-const Kernels kKernels = {PYALIGN_NAME(PYALIGN_ISA), distill_scratch, distill, topk_distill, topk_scratch, topk, scale,
-                          logprob_scratch,           logprob};
+const Kernels kKernels = {
+    PYALIGN_NAME(PYALIGN_ISA), distill_scratch, distill, topk_distill, topk_scratch, topk, scale, widen,
+    logprob_scratch,           logprob};
 
 PYALIGN_END

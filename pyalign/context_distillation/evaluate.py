@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pyalign.context_distillation.collect import PromptedModel
-from pyalign.context_distillation.language import CausalLM, head_chunks
-from pyalign.distill import TopKLogprobs, distillation_loss, topk_distillation_loss
+from pyalign.context_distillation.language import CHUNK, CausalLM
+from pyalign.distill import TopKLogprobs, distillation_loss
 from pyalign.teacher_store import TeacherStore
 
 
@@ -27,12 +27,10 @@ def stored_kl(lm: CausalLM, store: TeacherStore, sequences: Sequence[int], *, ba
     for first in range(0, len(sequences), batch_size):
         batch = store.batch(sequences[first : first + batch_size], lm.device)
         features = lm.rows(batch.input_ids, batch.rows)
-        begin = 0
-        for logits in head_chunks(lm.head, features):
-            rows = slice(begin, begin + logits.shape[0])
-            total += float(topk_distillation_loss(logits, _rows(batch.teacher, rows), reduction="sum"))
-            begin = rows.stop
-        tokens += begin
+        for begin in range(0, features.shape[0], CHUNK):
+            rows = slice(begin, begin + CHUNK)
+            total += float(lm.topk_loss(features[rows], _rows(batch.teacher, rows), reduction="sum"))
+        tokens += features.shape[0]
     lm.model.train(training)
     return total / max(tokens, 1)
 

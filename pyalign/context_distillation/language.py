@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from pyalign._optional import require
 from pyalign.context_distillation import JobError
 from pyalign.context_distillation.options import OptionError
+from pyalign.distill import TopKLogprobs, linear_topk_distillation_loss, topk_distillation_loss
 from pyalign.teacher_store import Identity
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt")
 _MIB = 1 << 20
+CHUNK = 1024  # rows whose logits exist at a time
 _PROBE = "Human: What's 12 + 7?\n\nAssistant: It's 19, na\u00efve \u6570 \U0001f642.\n\tdef f(x):  return x**2\n"
 
 
@@ -102,6 +104,14 @@ class CausalLM:
         """Features (T, H) at the flat positions ``rows`` (T,) of ``input_ids`` (B, L)."""
         return self.features(input_ids).flatten(0, 1).index_select(0, rows)
 
+    def topk_loss(self, features: Tensor, teacher: TopKLogprobs, **options: Any) -> Tensor:
+        """``topk_distillation_loss(head(features), teacher)``, features (T, H); a plain linear head never makes logits
+        of all of them."""
+        head = self.head
+        if self.body is not None and isinstance(head, nn.Linear) and _is_plain(head):
+            return linear_topk_distillation_loss(features, head.weight, teacher, student_bias=head.bias, **options)
+        return topk_distillation_loss(head(features), teacher, **options)
+
     def layers(self) -> nn.ModuleList:
         """The decoder's layers: the longest list of modules in the model."""
         lists = [m for m in self.model.modules() if isinstance(m, nn.ModuleList)]
@@ -117,7 +127,15 @@ class CausalLM:
         return any(isinstance(m, nn.Embedding) and name.search(n) for n, m in self.model.named_modules())
 
 
-def head_chunks(head: Callable[[Tensor], Tensor], features: Tensor, rows: int = 1024) -> Iterator[Tensor]:
+def _is_plain(head: nn.Linear) -> bool:
+    """Whether nothing but ``features @ weight.T + bias`` happens in it: no subclass's forward, no hook, no
+    parametrization."""
+    state = vars(head)
+    hooked = any(state.get(f"_{when}_hooks") for when in ("forward", "forward_pre", "backward", "backward_pre"))
+    return type(head) is nn.Linear and "forward" not in state and not hooked
+
+
+def head_chunks(head: Callable[[Tensor], Tensor], features: Tensor, rows: int = CHUNK) -> Iterator[Tensor]:
     """Logits of ``features`` (T, H), at most ``rows`` of them at a time."""
     for chunk in features.split(rows):
         yield head(chunk)

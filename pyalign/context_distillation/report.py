@@ -338,7 +338,7 @@ def _speed_rows(figures: Figures) -> list[list[str]]:
         ["collect", collected],
         ["train", f"{figures.train_tokens_per_second:.0f} tokens per second ({figures.train_seconds:.0f} s)"],
         ["store", f"{figures.bytes_per_token:.0f} bytes per token"],
-        ["the loss and its gradient", f"{figures.loss_share:.1%} of a training step"],
+        ["head and loss, gradients too", f"{figures.loss_share:.1%} of a training step"],
     ]
 
 

@@ -23,7 +23,6 @@ from pyalign.context_distillation.evaluate import stored_kl
 from pyalign.context_distillation.language import CausalLM
 from pyalign.context_distillation.log import Log, read_log
 from pyalign.context_distillation.options import OptionError, at_least, one_of, positive
-from pyalign.distill import topk_distillation_loss
 from pyalign.teacher_store import Manifest, TeacherBatch, TeacherStore
 
 PAPER_FACTOR = 0.05  # the paper's learning rate, as a fraction of pretraining's
@@ -335,12 +334,12 @@ def _held_out_kl(lm: CausalLM, store: TeacherStore, held_out: list[int], step: i
 def _accumulate(lm: CausalLM, batch: TeacherBatch, tokens: int, settings: TrainSettings, watch: Stopwatch) -> Tensor:
     """Add one micro-batch's gradient; returns its share of the step's mean loss.
 
-    The graph is cut at the logits (T, V), so that the loss and its gradient are timed apart from the model.
+    The graph is cut at the hidden states (T, H), so that head and loss are timed apart from the model.
     """
-    logits = lm.head(lm.rows(batch.input_ids, batch.rows))
-    cut = logits.detach().requires_grad_()
+    features = lm.rows(batch.input_ids, batch.rows)
+    cut = features.detach().requires_grad_(features.requires_grad)
     with watch:
-        loss = topk_distillation_loss(
+        loss = lm.topk_loss(
             cut,
             batch.teacher,
             divergence=settings.divergence,
@@ -348,8 +347,9 @@ def _accumulate(lm: CausalLM, batch: TeacherBatch, tokens: int, settings: TrainS
             tail=settings.tail,
             num_items=tokens,
         )
-        (gradient,) = torch.autograd.grad(loss, cut)
-    logits.backward(gradient)
+        loss.backward()
+    if cut.grad is not None:
+        features.backward(cut.grad)
     return loss.detach()
 
 

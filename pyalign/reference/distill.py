@@ -143,6 +143,16 @@ def log1mexp(x: Tensor) -> Tensor:
     return torch.where(x < 0, result, NEG_INF)
 
 
+def duplicates(index: Tensor, present: Tensor, vocab: int) -> Tensor:
+    """(N,) bool: which rows of ``index`` (N, k) hold a present entry twice; on the CPU such a row raises instead."""
+    absent = vocab + torch.arange(index.shape[-1], device=index.device)
+    ordered = torch.where(present, index, absent).sort(-1).values
+    duplicate = (ordered[:, 1:] == ordered[:, :-1]).any(-1)
+    if _can_raise(index) and bool(duplicate.any()):
+        raise ValueError(f"teacher.indices: row {int(duplicate.nonzero()[0, 0])} holds an index twice")
+    return duplicate
+
+
 def topk_distill(
     student: Tensor,
     logprobs: Tensor,
@@ -180,11 +190,7 @@ def topk_distill(
     # Entries: missing ones have probability zero on both sides.
     present = (index != -1) & counted[:, None]
     flat_index, bad_index = checked_index("teacher.indices", index, vocab, present)
-    ordered = torch.where(present, flat_index, vocab + torch.arange(k, device=index.device)).sort(-1).values
-    duplicate = (ordered[:, 1:] == ordered[:, :-1]).any(-1)
-    if _can_raise(index) and bool(duplicate.any()):
-        raise ValueError(f"teacher.indices: row {int(duplicate.nonzero()[0, 0])} holds an index twice")
-    bad = bad | bad_index.any(-1) | duplicate
+    bad = bad | bad_index.any(-1) | duplicates(flat_index, present, vocab)
     log_p = torch.where(present, log_p, NEG_INF)
     log_q_all = torch.log_softmax(scaled, -1)
     log_q = torch.where(present, log_q_all.gather(-1, flat_index), NEG_INF)
