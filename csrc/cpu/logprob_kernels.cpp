@@ -28,18 +28,31 @@ void cap_block(const T* x, int64_t count, Softcap<F> softcap, F* y, F* slope) {
 
 // The sums of e^((y - origin) / T) and of e^((y - origin) / T) (origin - y), and the max in passing.
 template <class Y, class F>
-LogprobState<F> sum_block(const Y* y, int64_t count, F origin, ScaledExp<F> exp) {
+LogprobState<F> sum_block(const Y* y, int64_t count, F origin, ScaledExp<F> exp, const std::byte* ahead) {
     constexpr F kFarthest = F(-1e38);  // finite, so that 0 * kFarthest = 0; NaN stays
-    F sum = 0, distances = 0, max = std::numeric_limits<F>::lowest();
-#pragma omp simd reduction(+ : sum, distances) reduction(max : max)
-    for (int64_t i = 0; i < count; ++i) {
-        const F above = value(y[i]) - origin;
-        const F e = exp(above);
-        sum += e;
-        distances -= e * (kFarthest > above ? kFarthest : above);
-        max = value(y[i]) > max ? value(y[i]) : max;
+    F sums[kLanes], distances[kLanes], maxima[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) sums[i] = distances[i] = 0, maxima[i] = std::numeric_limits<F>::lowest();
+    const auto add = [&](int64_t first, int64_t i) {
+        const F logit = value(y[first + i]), above = logit - origin, e = exp(above);
+        sums[i] += e;
+        distances[i] -= e * (kFarthest > above ? kFarthest : above);
+        maxima[i] = logit > maxima[i] ? logit : maxima[i];
+    };
+    const int64_t whole = count - count % kLanes;
+    for (int64_t first = 0; first < whole; first += kLanes) {
+        if (ahead) fetch_line<Y>(ahead, first);
+#pragma omp simd
+        for (int64_t i = 0; i < kLanes; ++i) add(first, i);
     }
-    return {{max, sum}, distances};
+    for (int64_t i = 0; i < count - whole; ++i) add(whole, i);
+    F sum = 0, distance = 0, max = std::numeric_limits<F>::lowest();
+#pragma omp simd reduction(+ : sum, distance) reduction(max : max)
+    for (int64_t i = 0; i < kLanes; ++i) {
+        sum += sums[i];
+        distance += distances[i];
+        max = maxima[i] > max ? maxima[i] : max;
+    }
+    return {{max, sum}, distance};
 }
 
 // Folds a row block by block, with the distances. Their terms are >= 0 over the max alone: a block with a larger one
@@ -50,13 +63,14 @@ class DistanceFold {
     explicit DistanceFold(double inverse_temperature)
         : exp_(inverse_temperature), inverse_temperature_(inverse_temperature) {}
 
+    // `ahead` is what is fetched meanwhile, line by line, or null: [count] entries as long as those of y.
     template <class Y>
-    PYALIGN_HD void add(const Y* y, int64_t count) {
+    PYALIGN_HD void add(const Y* y, int64_t count, const std::byte* ahead) {
         if (state_.softmax.sum == 0) raise_to(max_of(y, count));
-        LogprobState<F> block = sum_block(y, count, F(state_.softmax.max), exp_);
+        LogprobState<F> block = sum_block(y, count, F(state_.softmax.max), exp_, ahead);
         if (double(block.softmax.max) > state_.softmax.max) {
             raise_to(block.softmax.max);
-            block = sum_block(y, count, F(state_.softmax.max), exp_);
+            block = sum_block(y, count, F(state_.softmax.max), exp_, ahead);
         }
         state_.softmax.sum += double(block.softmax.sum);
         state_.distance += double(block.distance);
@@ -161,7 +175,9 @@ class LogprobRows {
                 write_ignored<F>(args_, row);
                 continue;
             }
-            ahead_.start(args_.logits, row, next_counted(args_, row, span_.end), args_.options.vocab);
+            const int64_t next = next_counted(args_, row, span_.end);
+            ahead_.start(args_.logits, row, next, args_.options.vocab);
+            next_ = reinterpret_cast<const T*>(row_of(args_.logits, next < 0 ? row : next));
             one(row, reinterpret_cast<const T*>(row_of(args_.logits, row)), args_.targets[row]);
         }
         if (span_.stream) finish_streams();
@@ -214,12 +230,20 @@ class LogprobRows {
         DistanceFold<F> with_distances(inverse_temperature_);
         RowFold<F> plain(inverse_temperature_);
         const bool distances = wants_entropy(), aboves = args_.options.label_smoothing > 0;
+        // Nothing but a read of the row, and memory is what takes the time: 16-bit entries are bound by arithmetic.
+        const bool lines = !args_.gradient.data && !softcap_.caps() && sizeof(T) > 2;
         for (int64_t first = 0; first < args_.options.vocab; first += kBlock) {
             const int64_t count = minimum(kBlock, args_.options.vocab - first);
-            ahead_.fold(first);
+            const std::byte* ahead = nullptr;
+            if (lines)
+                ahead = lying_ahead(logits, next_, args_.options.vocab, first);
+            else
+                ahead_.fold(first);
             with_block(logits, first, count, [&](const auto* y) {
                 if (distances) {
-                    with_distances.add(y, count);
+                    with_distances.add(y, count, ahead);
+                } else if (lines) {
+                    plain.add(y, count, Meanwhile{ahead});
                 } else if (kept_.exp) {
                     plain.add(y, count, kept_.exp + first);
                     kept_.origins[first / kBlock] = plain.origin();
@@ -281,6 +305,7 @@ class LogprobRows {
     const Softcap<F> softcap_;
     KeptRow<F> kept_;
     Ahead ahead_;
+    const T* next_ = nullptr;  // the row after this one
     alignas(64) F capped_[kBlock], cap_slope_[kBlock];
 };
 

@@ -197,9 +197,56 @@ PYALIGN_HD BlockSum<F> sum_exp(const T* x, int64_t count, F origin, ScaledExp<F>
     return {sum, max};
 }
 
+// Lanes in which a block is summed where something is fetched between its lines. (A loop of its own for every 16
+// entries leaves room for that; GCC keeps the lanes in registers.)
+constexpr int64_t kLanes = 16;
+
+// For rows that are read once and not mapped: what lies kFar bytes after the entries x + first, where row `next` is
+// read after row x. Fetched line by line, it keeps memory busy without a burst.
+template <class T>
+PYALIGN_HD const std::byte* lying_ahead(const T* x, const T* next, int64_t vocab, int64_t first) {
+    constexpr int64_t kFar = (32 << 10) / static_cast<int64_t>(sizeof(T));
+    const int64_t at = first + kFar;
+    return reinterpret_cast<const std::byte*>(at < vocab ? x + at : next + (at - vocab));
+}
+
+// The line of it to fetch before the entries from `first` of a block.
+template <class T>
+PYALIGN_HD void fetch_line(const std::byte* ahead, int64_t first) {
+    __builtin_prefetch(ahead + first * static_cast<int64_t>(sizeof(T)), 0, 2);
+}
+
+struct Meanwhile {
+    const std::byte* ahead;  // [kBlock] what is fetched while a block is summed
+};
+
+// The same as without.
+template <class T, class F>
+PYALIGN_HD BlockSum<F> sum_exp(const T* x, int64_t count, F origin, ScaledExp<F> exp, Meanwhile meanwhile) {
+    if (count != kBlock) return sum_exp(x, count, origin, exp);
+    F sums[kLanes], maxima[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) sums[i] = 0, maxima[i] = std::numeric_limits<F>::lowest();
+    for (int64_t first = 0; first < kBlock; first += kLanes) {
+        fetch_line<T>(meanwhile.ahead, first);
+#pragma omp simd
+        for (int64_t i = 0; i < kLanes; ++i) {
+            const F logit = value(x[first + i]);
+            sums[i] += exp(logit - origin);
+            maxima[i] = logit > maxima[i] ? logit : maxima[i];
+        }
+    }
+    F sum = 0, max = std::numeric_limits<F>::lowest();
+#pragma omp simd reduction(+ : sum) reduction(max : max)
+    for (int64_t i = 0; i < kLanes; ++i) {
+        sum += sums[i];
+        max = maxima[i] > max ? maxima[i] : max;
+    }
+    return {sum, max};
+}
+
 // Groups of a block of kBlock entries: group g holds the entries g, g + kGroups, g + 2 kGroups, ... A group is a vector
 // lane, so that its max and its sum cost nothing beside the block's.
-constexpr int64_t kGroups = 16, kMembers = kBlock / kGroups;
+constexpr int64_t kGroups = kLanes, kMembers = kBlock / kGroups;
 
 template <class F>
 struct BlockGroups {
@@ -213,7 +260,7 @@ PYALIGN_HD BlockSum<F> sum_exp(const T* x, int64_t, F origin, ScaledExp<F> exp, 
     F sums[kGroups], maxima[kGroups];
     for (int64_t g = 0; g < kGroups; ++g) sums[g] = 0, maxima[g] = std::numeric_limits<F>::lowest();
     for (int64_t first = 0; first < kBlock; first += kGroups) {
-        __builtin_prefetch(groups.ahead + first * static_cast<int64_t>(sizeof(T)), 0, 2);
+        fetch_line<T>(groups.ahead, first);
 #pragma omp simd
         for (int64_t g = 0; g < kGroups; ++g) {
             const F logit = value(x[first + g]);

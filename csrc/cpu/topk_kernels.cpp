@@ -38,13 +38,11 @@ struct RowGroups {
 // `next` is the row that is folded after this one.
 template <class T, class F>
 Softmax<double> fold_groups(const T* x, const T* next, int64_t vocab, double inverse_temperature, RowGroups<F> groups) {
-    constexpr int64_t kAhead = (32 << 10) / sizeof(T);
     RowFold<F> fold(inverse_temperature);
     for (int64_t block = 0; block * kBlock < vocab; ++block) {
         const int64_t first = block * kBlock, length = minimum(kBlock, vocab - first);
-        const T* const ahead = first + kAhead < vocab ? x + first + kAhead : next + (first + kAhead - vocab);
         const BlockGroups<F> place{groups.max + block * kGroups, groups.sum + block * kGroups,
-                                   reinterpret_cast<const std::byte*>(ahead)};
+                                   lying_ahead(x, next, vocab, first)};
         if (length == kBlock) {
             fold.add(x + first, kBlock, place);
         } else {
