@@ -243,7 +243,7 @@ class LogprobRows {
                 if (distances) {
                     with_distances.add(y, count, ahead);
                 } else if (lines) {
-                    plain.add(y, count, Meanwhile{ahead});
+                    plain.add(y, count, BlockGroups<F>{ahead});
                 } else if (kept_.exp) {
                     plain.add(y, count, kept_.exp + first);
                     kept_.origins[first / kBlock] = plain.origin();

@@ -216,18 +216,24 @@ PYALIGN_HD void fetch_line(const std::byte* ahead, int64_t first) {
     __builtin_prefetch(ahead + first * static_cast<int64_t>(sizeof(T)), 0, 2);
 }
 
-struct Meanwhile {
-    const std::byte* ahead;  // [kBlock] what is fetched while a block is summed
+// Groups of a block of kBlock entries: group g holds the entries g, g + kGroups, g + 2 kGroups, ... A group is a vector
+// lane, so that its max and its sum cost nothing beside the block's.
+constexpr int64_t kGroups = kLanes, kMembers = kBlock / kGroups;
+
+template <class F>
+struct BlockGroups {
+    const std::byte* ahead;            // [kBlock] what is fetched meanwhile, line by line
+    F *max = nullptr, *sum = nullptr;  // [kGroups] where they go, if anywhere
 };
 
-// The same as without.
+// The same, and each group's own max and sum; a short block has no groups.
 template <class T, class F>
-PYALIGN_HD BlockSum<F> sum_exp(const T* x, int64_t count, F origin, ScaledExp<F> exp, Meanwhile meanwhile) {
+PYALIGN_HD BlockSum<F> sum_exp(const T* x, int64_t count, F origin, ScaledExp<F> exp, BlockGroups<F> groups) {
     if (count != kBlock) return sum_exp(x, count, origin, exp);
     F sums[kLanes], maxima[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) sums[i] = 0, maxima[i] = std::numeric_limits<F>::lowest();
     for (int64_t first = 0; first < kBlock; first += kLanes) {
-        fetch_line<T>(meanwhile.ahead, first);
+        fetch_line<T>(groups.ahead, first);
 #pragma omp simd
         for (int64_t i = 0; i < kLanes; ++i) {
             const F logit = value(x[first + i]);
@@ -241,40 +247,9 @@ PYALIGN_HD BlockSum<F> sum_exp(const T* x, int64_t count, F origin, ScaledExp<F>
         sum += sums[i];
         max = maxima[i] > max ? maxima[i] : max;
     }
-    return {sum, max};
-}
-
-// Groups of a block of kBlock entries: group g holds the entries g, g + kGroups, g + 2 kGroups, ... A group is a vector
-// lane, so that its max and its sum cost nothing beside the block's.
-constexpr int64_t kGroups = kLanes, kMembers = kBlock / kGroups;
-
-template <class F>
-struct BlockGroups {
-    F *max, *sum;            // [kGroups]
-    const std::byte* ahead;  // [kBlock] what is fetched meanwhile, line by line
-};
-
-// The same, and each group's own max and sum.
-template <class T, class F>
-PYALIGN_HD BlockSum<F> sum_exp(const T* x, int64_t, F origin, ScaledExp<F> exp, BlockGroups<F> groups) {
-    F sums[kGroups], maxima[kGroups];
-    for (int64_t g = 0; g < kGroups; ++g) sums[g] = 0, maxima[g] = std::numeric_limits<F>::lowest();
-    for (int64_t first = 0; first < kBlock; first += kGroups) {
-        fetch_line<T>(groups.ahead, first);
-#pragma omp simd
-        for (int64_t g = 0; g < kGroups; ++g) {
-            const F logit = value(x[first + g]);
-            sums[g] += exp(logit - origin);
-            maxima[g] = logit > maxima[g] ? logit : maxima[g];
-        }
-    }
-    F sum = 0, max = std::numeric_limits<F>::lowest();
-#pragma omp simd reduction(+ : sum) reduction(max : max)
-    for (int64_t g = 0; g < kGroups; ++g) {
-        groups.sum[g] = sums[g];
-        groups.max[g] = maxima[g];
-        sum += sums[g];
-        max = maxima[g] > max ? maxima[g] : max;
+    if (groups.max) {
+        std::memcpy(groups.max, maxima, sizeof maxima);
+        std::memcpy(groups.sum, sums, sizeof sums);
     }
     return {sum, max};
 }

@@ -41,8 +41,8 @@ Softmax<double> fold_groups(const T* x, const T* next, int64_t vocab, double inv
     RowFold<F> fold(inverse_temperature);
     for (int64_t block = 0; block * kBlock < vocab; ++block) {
         const int64_t first = block * kBlock, length = minimum(kBlock, vocab - first);
-        const BlockGroups<F> place{groups.max + block * kGroups, groups.sum + block * kGroups,
-                                   lying_ahead(x, next, vocab, first)};
+        const BlockGroups<F> place{lying_ahead(x, next, vocab, first), groups.max + block * kGroups,
+                                   groups.sum + block * kGroups};
         if (length == kBlock) {
             fold.add(x + first, kBlock, place);
         } else {
