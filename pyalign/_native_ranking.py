@@ -43,10 +43,10 @@ class _Engine(Module):
     ) -> PairResults:
         count, dtype, device = first.shape[0], accumulation_dtype(first.dtype), first.device
         sides = 1 if second is None else 2
-        loss = torch.empty((count,) if options.reduction == "none" else (), dtype=dtype, device=device)
-        denominator = torch.empty((), dtype=dtype, device=device)
-        gradient = torch.empty(sides, count, dtype=dtype, device=device) if want_gradient else None
-        rewards = torch.empty(sides, count, dtype=dtype, device=device) if want_rewards else None
+        loss = first.new_empty((count,) if options.reduction == "none" else (), dtype=dtype)
+        denominator = first.new_empty((), dtype=dtype)
+        gradient = first.new_empty((sides, count), dtype=dtype) if want_gradient else None
+        rewards = first.new_empty((sides, count), dtype=dtype) if want_rewards else None
         form, *numbers, reduction = options
         reward = pointer(rewards)
         self._call(

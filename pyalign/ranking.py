@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -132,7 +132,9 @@ def _run_pairs(
     first: Tensor, second: Tensor | None, tensors: PairTensors, options: PairOptions, want_rewards: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss and both sides' rewards, from the backend that serves the scores."""
-    dtype = _common_dtype(first, second, tensors.first_reference, tensors.second_reference)
+    dtype = first.dtype
+    if (second is not None and second.dtype is not dtype) or tensors.first_reference is not None:
+        dtype = _common_dtype(first, second, tensors.first_reference, tensors.second_reference)
     if first.dtype != dtype:
         first = first.to(dtype)
     if second is not None and second.dtype != dtype:
@@ -221,7 +223,7 @@ def pairwise_preference_loss(
     _checks.scores("rejected", rejected, chosen)
     fixed = 0.0 if margin is None or isinstance(margin, Tensor) else margin
     given = loss_type, scale, fixed, label_smoothing, center_coefficient, reduction
-    options = _checked_before(*given) if _is_hashable(given) else _pairwise_options(*given)
+    options = _checked(given)
     tensors = NO_PAIR_TENSORS
     if not (weight is None and mask is None and num_items is None and (margin is None or fixed is margin)):
         dtype = accumulation_dtype(_common_dtype(chosen, rejected))
@@ -253,15 +255,13 @@ def _pairwise_options(
 _checked_before = functools.lru_cache(typed=True)(_pairwise_options)  # a training loop's options don't change
 
 
-def _is_hashable(x: tuple[object, ...]) -> bool:
-    """Whether a cache can hold ``x``; torch.compile goes without."""
+def _checked(given: tuple[Any, ...]) -> PairOptions:
     if torch.compiler.is_compiling():
-        return False
+        return _pairwise_options(*given)
     try:
-        hash(x)
-    except TypeError:
-        return False
-    return True
+        return _checked_before(*given)
+    except TypeError:  # of the checks, or because the cache can't hold it
+        return _pairwise_options(*given)
 
 
 def binary_discrimination_loss(
