@@ -19,6 +19,7 @@ __all__ = [
     "KTOLoss",
     "LinearCrossEntropyLoss",
     "LinearDistillationLoss",
+    "LinearTokenLogprobs",
     "LinearTopKDistillationLoss",
     "ORPOLoss",
     "PairwisePreferenceLoss",
@@ -265,6 +266,37 @@ class LinearCrossEntropyLoss(_LossModule):
     def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, **tensors: Any) -> Tensor:
         """The loss; ``tensors`` are bias, num_items, num_valid."""
         return logprob.linear_cross_entropy(hidden, weight, targets, **self.options, **tensors)
+
+
+class LinearTokenLogprobs(_LossModule):
+    """:func:`pyalign.logprob.linear_token_logprobs` with its options fixed; tensors are given to ``forward``.
+
+    >>> logprobs_of = LinearTokenLogprobs()
+    >>> policy = sequence_logprobs(logprobs_of(hidden, model.lm_head.weight, targets), mask=targets != -100)
+    """
+
+    def __init__(
+        self,
+        *,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        return_entropy: bool = False,
+        logits_dtype: torch.dtype | None = None,
+        workspace_bytes: int | None = None,
+    ) -> None:
+        super().__init__(
+            ignore_index=ignore_index,
+            temperature=temperature,
+            softcap=softcap,
+            return_entropy=return_entropy,
+            logits_dtype=logits_dtype,
+            workspace_bytes=workspace_bytes,
+        )
+
+    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, **tensors: Any) -> Any:
+        """Log-probs (...) or, with ``return_entropy``, a pair with the entropies; ``tensors`` are bias, num_valid."""
+        return logprob.linear_token_logprobs(hidden, weight, targets, **self.options, **tensors)
 
 
 class PairwisePreferenceLoss(_LossModule):

@@ -549,3 +549,28 @@ def test_modules_are_the_functions():
         pyalign.nn.LinearCrossEntropyLoss(label_smoothing=0.1)(*args, other.targets, bias=x.bias),
         linear_cross_entropy(*args, other.targets, bias=x.bias, label_smoothing=0.1),
     )
+    module = pyalign.nn.LinearTokenLogprobs(temperature=0.7, softcap=3.0, return_entropy=True)
+    options: dict[str, Any] = {"temperature": 0.7, "softcap": 3.0, "return_entropy": True}
+    expected = pyalign.linear_token_logprobs(*args, other.targets, bias=x.bias, **options)
+    assert all(map(torch.equal, module(*args, other.targets, bias=x.bias), expected))
+
+
+def test_a_dpo_step_from_hidden_states_is_that_from_logits():
+    """The losses' pieces together: per-token log-probs, their sums per sequence, the preference loss over them."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 7, 8, generator=generator, dtype=torch.float64, requires_grad=True)  # 2 chosen, 2 rejected
+    head = torch.randn(31, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    reference = torch.randn(4, generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, 31, (4, 7), generator=generator)
+    targets[:, 5:] = -100
+
+    def step(logprobs: torch.Tensor) -> list[torch.Tensor]:
+        policy = pyalign.sequence_logprobs(logprobs, mask=targets != -100)
+        output = pyalign.dpo_loss(*policy.chunk(2), *reference.chunk(2), beta=0.3)
+        return [output.loss, *torch.autograd.grad(output.loss, (hidden, head))]
+
+    ours = step(pyalign.linear_token_logprobs(hidden, head, targets))
+    picked = torch.log_softmax(hidden @ head.T, -1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    exact = step(torch.where(targets == -100, 0.0, picked))
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a, b)
