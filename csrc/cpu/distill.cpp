@@ -143,7 +143,7 @@ template <class Args>
 void run_loss(const Args& args, void (*kernel)(const Args&, double, void*, Span), size_t scratch_bytes, int threads) {
     const Dtype dtype = args.student.dtype;
     const int64_t count = args.tokens.count;
-    const bool stream = is_streamed(args.out.gradient, args.student, count * args.out.width);
+    const bool stream = begin_stream(args.out.gradient, args.student, count * args.out.width);
     const double denominator = denominator_of(args.tokens, dtype);
     void* const row_loss = args.out.row_loss ? args.out.row_loss : args.out.loss;
     const int64_t grain = grain_of(count, args.options.vocab, threads);
@@ -179,10 +179,12 @@ void widen(const Rows& out, int64_t count, int64_t width, const void* a, const v
     });
 }
 
-bool is_streamed(const Rows& gradient, const Rows& logits, int64_t elements) {
+bool begin_stream(const Rows& gradient, const Rows& logits, int64_t elements) {
     constexpr int64_t kStreamBytes = int64_t{16} << 20;
-    const bool in_place = gradient.data == logits.data;
-    return gradient.data && !in_place && elements * static_cast<int64_t>(size_of(gradient.dtype)) > kStreamBytes;
+    const int64_t bytes = elements * static_cast<int64_t>(size_of(gradient.dtype));
+    if (!gradient.data || gradient.data == logits.data || bytes <= kStreamBytes) return false;
+    prefer_huge_pages(gradient.data, static_cast<size_t>(bytes));
+    return true;
 }
 
 const Kernels& kernels() {

@@ -56,7 +56,7 @@ const Kernels& kernels();
 
 // Throws for an index that is out of range.
 [[noreturn]] void refuse(const char* name, int64_t row, int64_t value, int64_t limit);
-// Whether a gradient is so large that it leaves the caches before anybody reads it.
-bool is_streamed(const Rows& gradient, const Rows& logits, int64_t elements);
+// Whether a gradient is so large that it leaves the caches before anybody reads it; then it gets huge pages, too.
+bool begin_stream(const Rows& gradient, const Rows& logits, int64_t elements);
 
 }  // namespace pyalign::cpu

@@ -12,7 +12,7 @@ void logprob(const LogprobArgs& args, int threads) {
         const int64_t target = args.targets[row];
         if (target != args.ignore_index && (target < 0 || target >= vocab)) refuse("targets", row, target, vocab);
     }
-    const bool stream = is_streamed(args.gradient, args.logits, count * vocab);
+    const bool stream = begin_stream(args.gradient, args.logits, count * vocab);
     parallel(count, grain_of(count, vocab, threads), vocab, kernels().logprob_scratch(args), threads,
              [&](int64_t begin, int64_t end, std::byte* memory) {
                  kernels().logprob(args, Span{begin, end, memory, stream});
