@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -787,3 +789,23 @@ def test_backend_errors_leave_no_state_behind():
         with pytest.raises(ValueError, match="targets: row 0"):
             distillation_loss(student, teacher, targets=torch.tensor([9, 0]), hard_weight=0.5)
         assert pyalign.distillation_loss(student, teacher).isfinite()
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a system without transparent huge pages"
+)
+def test_a_large_gradient_asks_for_huge_pages():
+    """A fresh one's 4 KiB pages take longer to clear than its entries to compute."""
+    student = logits(160, 32000, dtype=torch.float32).requires_grad_()
+    distillation_loss(student, student.detach().flip(0)).backward()
+    assert student.grad is not None
+    middle = student.grad.data_ptr() + student.grad.nbytes // 2
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if bounds:
+            inside = int(bounds[1], 16) <= middle < int(bounds[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            assert "hg" in line.split(), line
+            return
+    pytest.fail("the gradient's mapping was not found")
