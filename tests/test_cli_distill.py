@@ -25,13 +25,14 @@ from matplotlib.axes import Axes  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
+from pyalign._models import choose_dtype  # noqa: E402
 from pyalign._types import DIVERGENCES, TAILS  # noqa: E402
 from pyalign.benchmark import peak_extra_memory  # noqa: E402
 from pyalign.cli.distill import app  # noqa: E402
 from pyalign.context_distillation import JobError  # noqa: E402
 from pyalign.context_distillation.collect import CollectSettings, PromptedModel, collect, topk_rows  # noqa: E402
 from pyalign.context_distillation.evaluate import exact_comparison, stored_kl  # noqa: E402
-from pyalign.context_distillation.language import CausalLM, choose_dtype, load  # noqa: E402
+from pyalign.context_distillation.language import CausalLM, load  # noqa: E402
 from pyalign.context_distillation.log import Log, read_log  # noqa: E402
 from pyalign.context_distillation.loss_cost import LossCase, measure, measure_apart, torch_topk_loss  # noqa: E402
 from pyalign.context_distillation.report import ReportSettings, report  # noqa: E402

@@ -14,12 +14,11 @@ import typer
 
 from pyalign._files import DirectoryInUseError
 from pyalign._optional import require
+from pyalign._options import JobError, OptionError, positive, read_text
 from pyalign._types import DIVERGENCES, TAILS
-from pyalign.context_distillation import JobError
 from pyalign.context_distillation.collect import CollectSettings
 from pyalign.context_distillation.collect import collect as collect_store
 from pyalign.context_distillation.language import CausalLM, load
-from pyalign.context_distillation.options import OptionError, positive, read_text
 from pyalign.context_distillation.report import ReportSettings, check_samples
 from pyalign.context_distillation.report import report as write_report
 from pyalign.context_distillation.texts import make_sequences, read_records

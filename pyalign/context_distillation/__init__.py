@@ -13,10 +13,9 @@ section 2.4).
 ``loss_cost``   time and memory of the loss, pyalign's beside plain torch's
 ``report``      the above as Markdown and a curve
 ``log``         what a job did so far, a line each
-``options``     what an option may be, and how it is refused
 =============== =========================================================================================
 """
 
+from pyalign._options import JobError
 
-class JobError(ValueError):
-    """The job can't go on as asked; the message says why and what to do."""
+__all__ = ["JobError"]

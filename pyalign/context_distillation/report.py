@@ -13,7 +13,7 @@ import torch
 
 from pyalign._files import atomic_file, exclusive, write_text
 from pyalign._optional import require
-from pyalign.context_distillation import JobError
+from pyalign._options import JobError, OptionError, at_least, differences, whole_text
 from pyalign.context_distillation.collect import PromptedModel
 from pyalign.context_distillation.evaluate import (
     ExactComparison,
@@ -24,8 +24,7 @@ from pyalign.context_distillation.evaluate import (
 from pyalign.context_distillation.language import CausalLM, load
 from pyalign.context_distillation.log import read_log
 from pyalign.context_distillation.loss_cost import LossCase, LossCost, measure_apart
-from pyalign.context_distillation.options import OptionError, at_least, whole_text
-from pyalign.context_distillation.train import describe_store, differences, held_out_kls
+from pyalign.context_distillation.train import describe_store, held_out_kls
 from pyalign.teacher_store import TeacherStore
 
 _BEGINNING = 24  # tokens of a held-out sequence that are continued where no sample is given

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyalign._optional import require
-from pyalign.context_distillation.options import OptionError, at_least, not_utf8, read_text, whole_text
+from pyalign._options import OptionError, at_least, not_utf8, read_text, whole_text
 
 MIN_TOKENS = 8  # a shorter remainder of a document is left out
 

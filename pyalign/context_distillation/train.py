@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from pyalign._files import atomic_directory, exclusive, write_text
+from pyalign._options import JobError, OptionError, at_least, differences, one_of, positive
 from pyalign._types import DIVERGENCES, TAILS
-from pyalign.context_distillation import JobError
 from pyalign.context_distillation.checkpoint import checkpoint_settings, load_checkpoint, save_checkpoint
 from pyalign.context_distillation.evaluate import stored_kl
 from pyalign.context_distillation.language import CausalLM
 from pyalign.context_distillation.log import Log, read_log
-from pyalign.context_distillation.options import OptionError, at_least, one_of, positive
 from pyalign.teacher_store import Manifest, TeacherBatch, TeacherStore
 
 PAPER_FACTOR = 0.05  # the paper's learning rate, as a fraction of pretraining's
@@ -395,13 +394,6 @@ def describe_store(manifest: Manifest) -> dict[str, Any]:
         "logprob_dtype": manifest.logprob_dtype,
         "compute_dtype": manifest.compute_dtype,
     }
-
-
-def differences(found: dict[str, Any], wanted: dict[str, Any], what: str = "") -> list[str]:
-    """In words, every entry of ``wanted`` that was another in ``found``."""
-    return [
-        f"{what}{k} was {found.get(k)!r} and is {v!r} now" for k, v in wanted.items() if k not in found or found[k] != v
-    ]
 
 
 def _check_same(found: dict[str, Any], wanted: dict[str, Any], directory: Path) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
-from pyalign.context_distillation import JobError
+
+class JobError(ValueError):
+    """The job can't go on as asked; the message says why and what to do."""
 
 
 class OptionError(JobError):
@@ -54,3 +57,10 @@ def read_text(option: str, path: Path) -> str:
 def not_utf8(where: Path | str, error: UnicodeDecodeError) -> str:
     byte = error.object[error.start]
     return f"{where} is not UTF-8 (byte {byte:#04x} at {error.start}); wanted text in UTF-8"
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any], what: str = "") -> list[str]:
+    """In words, every entry of ``wanted`` that was another in ``found``."""
+    return [
+        f"{what}{k} was {found.get(k)!r} and is {v!r} now" for k, v in wanted.items() if k not in found or found[k] != v
+    ]
