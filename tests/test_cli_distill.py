@@ -25,6 +25,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
+from pyalign._log import Log, read_log  # noqa: E402
 from pyalign._models import choose_dtype  # noqa: E402
 from pyalign._types import DIVERGENCES, TAILS  # noqa: E402
 from pyalign.benchmark import peak_extra_memory  # noqa: E402
@@ -33,7 +34,6 @@ from pyalign.context_distillation import JobError  # noqa: E402
 from pyalign.context_distillation.collect import CollectSettings, PromptedModel, collect, topk_rows  # noqa: E402
 from pyalign.context_distillation.evaluate import exact_comparison, stored_kl  # noqa: E402
 from pyalign.context_distillation.language import CausalLM, load  # noqa: E402
-from pyalign.context_distillation.log import Log, read_log  # noqa: E402
 from pyalign.context_distillation.loss_cost import LossCase, measure, measure_apart, torch_topk_loss  # noqa: E402
 from pyalign.context_distillation.report import ReportSettings, report  # noqa: E402
 from pyalign.context_distillation.texts import Record, is_held_out, make_sequences, read_records  # noqa: E402

@@ -12,7 +12,6 @@ section 2.4).
 ``evaluate``    divergences from the prompted model, and samples
 ``loss_cost``   time and memory of the loss, pyalign's beside plain torch's
 ``report``      the above as Markdown and a curve
-``log``         what a job did so far, a line each
 =============== =========================================================================================
 """
 

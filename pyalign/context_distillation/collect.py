@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from pyalign._files import exclusive
+from pyalign._log import Log
 from pyalign._options import JobError, OptionError, at_least, one_of, positive, whole_text
 from pyalign.context_distillation.language import CausalLM, head_chunks
-from pyalign.context_distillation.log import Log
 from pyalign.context_distillation.texts import TokenSequence, sequences_digest
 from pyalign.distill import TopKLogprobs, topk_logprobs
 from pyalign.teacher_store import LOGPROB_DTYPES, Manifest, SequenceRows, TeacherStoreWriter, text_digest

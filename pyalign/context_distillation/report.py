@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pyalign._files import atomic_file, exclusive, write_text
+from pyalign._log import read_log
 from pyalign._optional import require
 from pyalign._options import JobError, OptionError, at_least, differences, whole_text
 from pyalign.context_distillation.collect import PromptedModel
@@ -22,7 +23,6 @@ from pyalign.context_distillation.evaluate import (
     fraction_left,
 )
 from pyalign.context_distillation.language import CausalLM, load
-from pyalign.context_distillation.log import read_log
 from pyalign.context_distillation.loss_cost import LossCase, LossCost, measure_apart
 from pyalign.context_distillation.train import describe_store, held_out_kls
 from pyalign.teacher_store import TeacherStore

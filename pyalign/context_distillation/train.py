@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from pyalign._files import atomic_directory, exclusive, write_text
+from pyalign._log import Log, read_log
 from pyalign._options import JobError, OptionError, at_least, differences, one_of, positive
 from pyalign._types import DIVERGENCES, TAILS
 from pyalign.context_distillation.checkpoint import checkpoint_settings, load_checkpoint, save_checkpoint
 from pyalign.context_distillation.evaluate import stored_kl
 from pyalign.context_distillation.language import CausalLM
-from pyalign.context_distillation.log import Log, read_log
 from pyalign.teacher_store import Manifest, TeacherBatch, TeacherStore
 
 PAPER_FACTOR = 0.05  # the paper's learning rate, as a fraction of pretraining's
