@@ -4,7 +4,7 @@ Fused ranked-preference losses, logit-level KL distillation and batched pairwise
 kernels, after Askell et al. 2021, *A General Language Assistant as a Laboratory for Alignment* (arXiv 2112.00861).
 """
 
-from pyalign import distill, logprob, nn, ranking
+from pyalign import distill, logprob, nn, ranking, scoring
 from pyalign._backends import backend
 from pyalign._version import __version__
 from pyalign.distill import (
@@ -27,17 +27,20 @@ from pyalign.ranking import (
     ranked_preference_loss,
     simpo_loss,
 )
+from pyalign.scoring import best_of_n, expected_win_rates, preference_metrics, reward_scores, win_probabilities
 
 __all__ = [
     "PreferenceOutput",
     "TopKLogprobs",
     "__version__",
     "backend",
+    "best_of_n",
     "binary_discrimination_loss",
     "cpo_loss",
     "distill",
     "distillation_loss",
     "dpo_loss",
+    "expected_win_rates",
     "kto_loss",
     "linear_cross_entropy",
     "linear_distillation_loss",
@@ -47,11 +50,15 @@ __all__ = [
     "nn",
     "orpo_loss",
     "pairwise_preference_loss",
+    "preference_metrics",
     "ranked_preference_loss",
     "ranking",
+    "reward_scores",
+    "scoring",
     "sequence_logprobs",
     "simpo_loss",
     "token_logprobs",
     "topk_distillation_loss",
     "topk_logprobs",
+    "win_probabilities",
 ]

@@ -203,3 +203,27 @@ class LogprobResults(NamedTuple):
     logprob: Tensor  # (N,) of the target, 0 at ignored ones
     entropy: Tensor | None  # (N,) of softmax(softcap(logits) / T), 0 at ignored targets
     state: Tensor | None  # (N, 3) max, sum, entropy (NaN unless wanted): spares a gradient the fold
+
+
+# Scoring
+
+# What is summed over the pairs of a cell: a category and a bin of confidence, or the bin of the pairs that are NaN.
+STATISTICS = ("pairs", "weight", "squared_weight", "right", "tied", "log_loss", "brier", "confidence")
+
+
+class MetricTensors(NamedTuple):
+    """What is constant about P pairs of scores; every tensor contiguous."""
+
+    margin: Tensor | None = None  # (P,) accumulation dtype; replaces the options' margin
+    weight: Tensor | None = None  # (P,) accumulation dtype
+    mask: Tensor | None = None  # (P,) bool
+    category: Tensor | None = None  # (P,) int64, below the options' categories
+
+
+class MetricOptions(NamedTuple):
+    """How pairs are counted."""
+
+    categories: int
+    bins: int
+    scale: float
+    margin: float

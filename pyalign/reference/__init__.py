@@ -4,6 +4,6 @@ They run in any floating dtype, float64 included, are differentiated by autograd
 same arguments as the kernels' engines. ``PYALIGN_BACKEND=reference`` rules the kernels out when debugging.
 """
 
-from pyalign.reference import distill, linear, logprob, ranking
+from pyalign.reference import distill, linear, logprob, ranking, scoring
 
-__all__ = ["distill", "linear", "logprob", "ranking"]
+__all__ = ["distill", "linear", "logprob", "ranking", "scoring"]

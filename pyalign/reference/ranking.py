@@ -129,18 +129,20 @@ def padded(scores: Tensor, ranks: Tensor, offsets: Tensor) -> tuple[Tensor, Tens
     return torch.where(inside, scores[index], 0.0), torch.where(inside, ranks[index], -1)
 
 
-def check_offsets(offsets: Tensor, count: int) -> None:
-    """The message is that of csrc/cpu/ranking.cpp."""
+def check_offsets(
+    offsets: Tensor, count: int, name: str = "group_offsets", of_what: str = "the number of scores"
+) -> None:
+    """The message is that of csrc/cpu/offsets.h."""
     if int(offsets[0]) != 0:
-        raise ValueError(f"group_offsets: entry 0 is {int(offsets[0])}; wanted 0")
+        raise ValueError(f"{name}: entry 0 is {int(offsets[0])}; wanted 0")
     falls = offsets.diff() < 0
     if bool(falls.any()):
         g = int(falls.nonzero()[0, 0])
         wanted = f"no less than the one before it, {int(offsets[g])}"
-        raise ValueError(f"group_offsets: entry {g + 1} is {int(offsets[g + 1])}; wanted {wanted}")
+        raise ValueError(f"{name}: entry {g + 1} is {int(offsets[g + 1])}; wanted {wanted}")
     if int(offsets[-1]) != count:
         last = offsets.shape[0] - 1
-        raise ValueError(f"group_offsets: entry {last} is {int(offsets[-1])}; wanted {count}, the number of scores")
+        raise ValueError(f"{name}: entry {last} is {int(offsets[-1])}; wanted {count}, {of_what}")
 
 
 def ranked_loss(scores: Tensor, tensors: RankTensors, options: RankOptions) -> Tensor:
