@@ -27,9 +27,17 @@ from pyalign.ranking import (
     ranked_preference_loss,
     simpo_loss,
 )
-from pyalign.scoring import best_of_n, expected_win_rates, preference_metrics, reward_scores, win_probabilities
+from pyalign.scoring import (
+    PairScorer,
+    best_of_n,
+    expected_win_rates,
+    preference_metrics,
+    reward_scores,
+    win_probabilities,
+)
 
 __all__ = [
+    "PairScorer",
     "PreferenceOutput",
     "TopKLogprobs",
     "__version__",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from pyalign._optional import require
 from pyalign._options import OptionError
@@ -148,3 +149,11 @@ def leading_bos(tokenizer: Any) -> int | None:
     """The token that the tokenizer puts in front of every text, if it does."""
     ids = tokenizer("x")["input_ids"]
     return tokenizer.bos_token_id if ids and ids[0] == tokenizer.bos_token_id else None
+
+
+def is_plain_linear(head: nn.Linear) -> bool:
+    """Whether nothing but ``features @ weight.T + bias`` happens in it: no subclass's forward, no hook, no
+    parametrization."""
+    state = vars(head)
+    hooked = any(state.get(f"_{when}_hooks") for when in ("forward", "forward_pre", "backward", "backward_pre"))
+    return type(head) is nn.Linear and "forward" not in state and not hooked

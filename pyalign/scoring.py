@@ -21,6 +21,7 @@ from pyalign.reference.ranking import check_offsets
 
 __all__ = [
     "CalibrationBins",
+    "PairScorer",
     "PreferenceEvaluation",
     "best_of_n",
     "expected_win_rates",
@@ -407,3 +408,6 @@ def _evaluations(table: Tensor) -> list[PreferenceEvaluation]:
         PreferenceEvaluation(*numbers, CalibrationBins(edges, *point))
         for *numbers, point in zip(*(x.unbind(0) for x in figures), points, strict=True)
     ]
+
+
+from pyalign.pair_scorer import PairScorer  # noqa: E402  # it reads its heads through reward_scores

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyalign._models import leading_bos, load_pretrained, tokenizer_digest
+from pyalign._models import is_plain_linear, leading_bos, load_pretrained, tokenizer_digest
 from pyalign._options import JobError
 from pyalign.distill import TopKLogprobs, linear_topk_distillation_loss, topk_distillation_loss
 from pyalign.teacher_store import Identity
@@ -73,7 +73,7 @@ class CausalLM:
         """``topk_distillation_loss(head(features), teacher)``, features (T, H); a plain linear head never makes logits
         of all of them."""
         head = self.head
-        if self.body is not None and isinstance(head, nn.Linear) and _is_plain(head):
+        if self.body is not None and isinstance(head, nn.Linear) and is_plain_linear(head):
             return linear_topk_distillation_loss(features, head.weight, teacher, student_bias=head.bias, **options)
         return topk_distillation_loss(head(features), teacher, **options)
 
@@ -90,14 +90,6 @@ class CausalLM:
         """Whether absolute positions are learned, so that a prompt in front shifts what the model reads."""
         name = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)$")
         return any(isinstance(m, nn.Embedding) and name.search(n) for n, m in self.model.named_modules())
-
-
-def _is_plain(head: nn.Linear) -> bool:
-    """Whether nothing but ``features @ weight.T + bias`` happens in it: no subclass's forward, no hook, no
-    parametrization."""
-    state = vars(head)
-    hooked = any(state.get(f"_{when}_hooks") for when in ("forward", "forward_pre", "backward", "backward_pre"))
-    return type(head) is nn.Linear and "forward" not in state and not hooked
 
 
 def head_chunks(head: Callable[[Tensor], Tensor], features: Tensor, rows: int = CHUNK) -> Iterator[Tensor]:
