@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NoReturn
+from typing import Annotated, NamedTuple
 
-import torch
 import typer
 
-from pyalign._files import DirectoryInUseError
 from pyalign._optional import require
-from pyalign._options import JobError, OptionError, positive, read_text
+from pyalign._options import OptionError, positive, read_text
 from pyalign._types import DIVERGENCES, TAILS
+from pyalign.cli._session import Session, refusals
 from pyalign.context_distillation.collect import CollectSettings
 from pyalign.context_distillation.collect import collect as collect_store
 from pyalign.context_distillation.language import CausalLM, load
@@ -24,7 +21,7 @@ from pyalign.context_distillation.report import report as write_report
 from pyalign.context_distillation.texts import make_sequences, read_records
 from pyalign.context_distillation.train import PAPER_FACTOR, TrainSettings, select_parameters, unchanged
 from pyalign.context_distillation.train import train as train_model
-from pyalign.teacher_store import LOGPROB_DTYPES, Manifest, StoreError, TeacherStore
+from pyalign.teacher_store import LOGPROB_DTYPES, Manifest, TeacherStore
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -356,45 +353,8 @@ class _Cut(NamedTuple):
     seed: int
 
 
-class _Job:
-    """The stages, with progress on standard error and results on standard output."""
-
-    def __init__(self) -> None:
-        console = require("rich.console").Console
-        self.console = console(stderr=True)
-        self.result = console(soft_wrap=True)
-
-    @contextmanager
-    def stage(self, name: str) -> Generator[Callable[[str], None]]:
-        """Yields a function that prints what the stage came to, with its time."""
-        begin = time.perf_counter()
-        self.console.print(f"[bold]{name}[/bold]")
-
-        def say(text: str) -> None:
-            self.result.print(f"{name} ({time.perf_counter() - begin:.0f} s): {text}", markup=False, highlight=False)
-
-        yield say
-
-    @contextmanager
-    def bar(self, unit: str) -> Generator[tuple[Callable[[int, int], None], Callable[..., None]]]:
-        """A progress bar: yields start(done, total) and advance(count, note)."""
-        rich: Any = require("rich.progress")
-        columns = (
-            rich.BarColumn(),
-            rich.MofNCompleteColumn(),
-            rich.TextColumn(unit + " {task.fields[note]}"),
-            rich.TimeRemainingColumn(),
-        )
-        with rich.Progress(*columns, console=self.console) as progress:
-            task = progress.add_task("", total=None, note="")
-
-            def start(done: int, total: int) -> None:
-                progress.update(task, completed=done, total=total)
-
-            def advance(count: int, note: str = "") -> None:
-                progress.update(task, advance=count, note=note)
-
-            yield start, advance
+class _Job(Session):
+    """The stages of a distillation."""
 
     def load(self, model: Path, gguf_file: str | None, dtype: str, device: str) -> CausalLM:
         transformers = require("transformers")
@@ -465,17 +425,8 @@ _OPTIONS = {"sequences_per_shard": "shard_sequences", "logprob_dtype": "store_dt
 
 @contextmanager
 def _job() -> Generator[_Job]:
-    """Turns refusals into one line and exit code 1; what is a bug keeps its traceback."""
-    try:
+    with refusals("pyalign distill", _OPTIONS, "--micro-batch (collect: --batch-size, run: --collect-batch too)"):
         yield _Job()
-    except OptionError as error:
-        name = _OPTIONS.get(error.option, error.option).replace("_", "-")
-        _refuse(f"--{name}: {error.problem}")
-    except (StoreError, JobError, DirectoryInUseError, PermissionError, FileExistsError, NotADirectoryError) as error:
-        _refuse(str(error))
-    except torch.OutOfMemoryError as error:
-        what = str(error).partition(". ")[0]
-        _refuse(f"{what}; a smaller --micro-batch (collect: --batch-size, run: --collect-batch too) needs less")
 
 
 @contextmanager
@@ -485,11 +436,6 @@ def _option(setting: str, option: str) -> Generator[None]:
         yield
     except OptionError as error:
         raise OptionError(option if error.option == setting else error.option, error.problem) from None
-
-
-def _refuse(message: str) -> NoReturn:
-    print(f"pyalign distill: {message}", file=sys.stderr)
-    raise typer.Exit(1) from None
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:

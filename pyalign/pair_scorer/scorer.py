@@ -149,8 +149,7 @@ class PairScorer:
         one_of("score", score, SCORES)
         for name, value in (("token_budget", token_budget), ("window", window), ("prefetch", prefetch)):
             at_least(name, value, 1)
-        if score == "auto":
-            score = "reward" if _is_reward_model(model, gguf_file) else "mean_logprob"
+        score = resolve_score(score, model, gguf_file)
         for name, value, owner in (
             ("reference", reference, "dpo"),
             ("beta", beta, "dpo"),
@@ -165,6 +164,7 @@ class PairScorer:
             raise OptionError("reference", "got none; wanted the reference model of score 'dpo'")
         options = TokenOptions(tokenization, append_eos, max_length, truncation, null_prompt or "")
         self.score = score
+        self.label = label
         self.beta = 0.1 if beta is None else beta
         positive("beta", self.beta)
         self.token_budget, self.window, self.prefetch = token_budget, window, prefetch
@@ -379,6 +379,13 @@ def _parts(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while part := list(itertools.islice(iterator, size)):
         yield part
+
+
+def resolve_score(score: str, model: Any, gguf_file: str | None = None) -> str:
+    """What "auto" means for ``model``."""
+    if score != "auto":
+        return score
+    return "reward" if _is_reward_model(model, gguf_file) else "mean_logprob"
 
 
 def _is_reward_model(model: Any, gguf_file: str | None) -> bool:
