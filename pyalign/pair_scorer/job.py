@@ -143,12 +143,12 @@ def score_files(
             return None if processes.rank else _summarise_again(settings, scan, description)
         chunks = math.ceil(scan.records / scorer.window)
         settings.parts.mkdir(parents=True, exist_ok=True)
+        own = range(processes.rank, chunks, processes.count)
         _score_chunks(scorer, source, scan, settings, progress, own)
         processes.collect(settings.parts, [_chunk_name(c) for c in range(chunks)])
-        if processes.rank:
-            return None
-        summary = _merge(scorer, scan, settings, description, chunks, processes.count)
-        shutil.rmtree(settings.parts)
+        summary = None if processes.rank else _merge(scorer, scan, settings, description, chunks, processes.count)
+        processes.wait()
+        shutil.rmtree(settings.parts, ignore_errors=True)  # which another process of this machine may do too
         return summary
 
 
@@ -304,16 +304,17 @@ def _merge(
     processes: int,
 ) -> dict[str, Any]:
     """Write the output, the plots and the summary from the chunks."""
-    tally, truncation, tokens, seconds = Tally(scan.kind), Truncation(), Counts(0, 0, 0, 0), 0.0
+    tally, truncation, tokens, seconds = Tally(scan.kind), Truncation(), Counts(0, 0, 0, 0), [0.0] * processes
 
     def rows() -> Iterator[list[str]]:
-        nonlocal tokens, seconds
+        nonlocal tokens
         for chunk in range(chunks):
             with open(settings.parts / _chunk_name(chunk), encoding="utf-8") as file:
                 counts = json.loads(next(file))
                 lines = list(file)
             truncation.add(Truncation(**counts["truncation"]))
-            tokens, seconds = tokens + Counts(**counts["tokens"]), seconds + counts["seconds"]
+            tokens += Counts(**counts["tokens"])
+            seconds[chunk % processes] += counts["seconds"]
             for line in lines:
                 tally.add(json.loads(line))
             yield lines
@@ -334,8 +335,8 @@ def _merge(
         "tokens": tokens._asdict(),
         "shares_prefix": scorer.shares_prefix,
         "notes": scorer.notes,
-        "seconds": round(seconds, 3),  # of all processes together
-        "per_second": round(scored / seconds * processes, 3) if seconds else None,
+        "seconds": round(max(seconds), 3),  # of the process that computed longest, all its runs together
+        "per_second": round(scored / max(seconds), 3) if max(seconds) > 0 else None,
         "processes": processes,
     }
     return _write_summary(settings, tally.figures(scale=settings.scale, bins=settings.bins), counts, description)

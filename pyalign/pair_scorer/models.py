@@ -23,7 +23,8 @@ from pyalign.pair_scorer.tokens import TokenGroup
 from pyalign.scoring import reward_scores
 
 # Relative to the largest value. A wrong mask, position or head is off by more; sums in another order aren't.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# (Models of float64 have parts that compute in float32.)
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 @dataclass
@@ -34,7 +35,14 @@ class _Body:
     forward: Callable[..., Tensor]  # (B, L) and options -> (B, L, H)
     causal: bool  # no position reads a later one, so that padding on the right is never read
 
+    def __post_init__(self) -> None:
+        dynamic = any(_kind(rope) == "dynamic" for rope in _ropes(_config(self.model)))
+        self._grows_beyond = _rope_limit(_config(self.model)) if dynamic else None
+
     def __call__(self, batch: BatchTensors) -> Tensor:
+        if self._grows_beyond is not None and batch.input_ids.shape[1] > self._grows_beyond:
+            # Dynamic positions stay those of the longest sequence so far until a short one comes.
+            self.forward(batch.input_ids[:1, :1])
         if batch.segments is not None:
             mask = tree_mask(batch.segments, self.model.dtype)
             return self.forward(batch.input_ids, attention_mask=mask, position_ids=batch.positions)
@@ -75,7 +83,7 @@ class ScoringModel:
     @property
     def context(self) -> int | None:
         """How many tokens the model reads at most, if it says so."""
-        return getattr(_config(self.model), "max_position_embeddings", None)
+        return _context(_config(self.model))
 
     def scores(self, batch: BatchTensors) -> Tensor:
         """(N,) of the batch's sequences, on its device."""
@@ -276,7 +284,7 @@ class _Probe:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(embeddings.num_embeddings, (64,), generator=generator)
         padding = getattr(_config(model), "pad_token_id", None)
-        self._ids: list[int] = ids[ids != padding][:48].tolist()
+        self._ids: list[int] = [i for i in ids.tolist() if i != padding][:48]
 
     def _run(self, forward: Callable[..., Tensor], ids: list[int]) -> Tensor:
         with torch.inference_mode():
@@ -351,16 +359,33 @@ def _attention_spans(config: Any) -> tuple[str | None, int | None]:
     return None, min(spans, default=None)
 
 
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The settings of rotary positions, of all layers or of each kind."""
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return [rope, *(x for x in rope.values() if isinstance(x, dict))]
+
+
+def _kind(rope: dict[str, Any]) -> Any:
+    return rope.get("rope_type", rope.get("type"))
+
+
 def _rope_limit(config: Any) -> int | None:
     """Beyond which length rotary positions depend on the longest sequence of a batch."""
-    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    parts: list[dict[str, Any]] = [rope, *(x for x in rope.values() if isinstance(x, dict))]
     limits: list[int] = []
-    for part in parts:
-        if part.get("rope_type", part.get("type")) in ("dynamic", "longrope"):
-            original = part.get("original_max_position_embeddings")
-            limits.append(original or getattr(config, "original_max_position_embeddings", None) or 1)
+    for rope in _ropes(config):
+        if _kind(rope) == "dynamic":
+            limits.append(config.max_position_embeddings)
+        elif _kind(rope) == "longrope":
+            name = "original_max_position_embeddings"
+            limits.append(rope.get(name) or getattr(config, name, None) or config.max_position_embeddings)
     return min(limits, default=None)
+
+
+def _context(config: Any) -> int | None:
+    """How many tokens a model reads at most, if it says so."""
+    longest: int | None = getattr(config, "max_position_embeddings", None)
+    factors = [rope["factor"] for rope in _ropes(config) if _kind(rope) == "dynamic"]
+    return longest if longest is None else int(longest * max(factors, default=1))
 
 
 def not_shared(model: Any) -> Sharing:

@@ -157,9 +157,7 @@ class PairScorer:
             ("label", label, "reward"),
         ):
             if value is not None and score != owner:
-                raise OptionError(
-                    name, f"got {value!r}, but it is of score {owner!r} alone; wanted none with {score!r}"
-                )
+                raise OptionError(name, f"got {value!r}; wanted none with score {score!r}, it is of {owner!r} alone")
         if score == "dpo" and reference is None:
             raise OptionError("reference", "got none; wanted the reference model of score 'dpo'")
         options = TokenOptions(tokenization, append_eos, max_length, truncation, null_prompt or "")
