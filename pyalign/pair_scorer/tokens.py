@@ -123,12 +123,12 @@ class Encoder:
             texts[chat] += [prompt, *(wholes if together else [whole[len(prompt) :] for whole in wholes])]
         ids = {chat: self._tokenize(texts[chat], self.specials and not chat) for chat in texts}
         result = Encoded([], [])
+        lead = self._opening(self._tokenize([self.options.null_prompt])[0]) if nulls else []
         for chat, first, n in plans:
             group = self._group(ids[chat][first], ids[chat][first + 1 : first + 1 + n], chat)
             result.groups.append(group)
-            result.truncation.add(self._truncate(group))
+            result.truncation.add(self._truncate(group, len(lead)))
         if nulls:
-            lead = self._opening(self._tokenize([self.options.null_prompt])[0])
             for group in result.groups:
                 tails = [s[start:] for s, start in zip(group.sequences, group.starts, strict=True)]
                 after = [lead + tail for tail in tails]
@@ -191,16 +191,19 @@ class Encoder:
         # Some templates rewrite earlier turns once there is an answer: what all texts share is the prompt.
         return opening[: shared_length([opening, *wholes])], wholes, True
 
-    def _truncate(self, group: TokenGroup) -> Truncation:
+    def _truncate(self, group: TokenGroup, null: int) -> Truncation:
         """Cut ``group`` to ``max_length``: the prompt from its beginning, the same for all responses, then their ends.
 
-        A leading BOS (or [CLS]) stays, and so does a closing special token.
+        A leading BOS (or [CLS]) stays, and so does a closing special token. Responses also fit behind a null prompt of
+        ``null`` tokens.
         """
         limit = self.options.max_length
         if limit is None or not group.sequences:
             return Truncation()
+        if null >= limit:
+            raise OptionError("null_prompt", f"got {null} tokens; wanted fewer than {limit}, which a sequence may have")
         over = max(map(len, group.sequences)) - limit
-        if over <= 0:
+        if over <= 0 and max(group.counts) <= limit - null:
             return Truncation()
         if self.options.truncation == "drop":
             group.dropped = True
@@ -213,10 +216,10 @@ class Encoder:
         result = Truncation(prompts=int(cut > 0), prompt_tokens=cut)
         for i, sequence in enumerate(group.sequences):
             sequence = sequence[:lead] + sequence[lead + cut :]
-            too_many = len(sequence) - limit
+            too_many = max(len(sequence) - limit, len(sequence) - (group.starts[i] - cut) - (limit - null))
             if too_many > 0:
                 closing = sequence[-1:] if sequence[-1] in self._ids_of_specials else []
-                sequence = sequence[: limit - len(closing)] + closing
+                sequence = sequence[: len(sequence) - too_many - len(closing)] + closing
                 result.responses += 1
                 result.response_tokens += too_many
             group.sequences[i] = sequence
