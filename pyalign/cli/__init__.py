@@ -20,7 +20,7 @@ def build_app() -> typer.Typer:
     app = typer.Typer(name="pyalign", no_args_is_help=True, help="The loss layer of alignment training.")
     app.command()(info.info)
     app.add_typer(distill.app, name="distill")
-    app.command()(score.score)
+    app.command(no_args_is_help=True)(score.score)
     return app
 
 

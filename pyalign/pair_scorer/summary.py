@@ -99,7 +99,9 @@ class Figures:
         figure = require("matplotlib.figure").Figure(figsize=(8, 4), dpi=120, layout="constrained")
         left, right = figure.subplots(1, 2)
         scores, lengths = self.gaps[:, 0], self.gaps[:, 1]
-        edges = np.histogram_bin_edges(scores, bins=min(60, max(10, int(math.sqrt(len(scores))))))
+        count = min(60, max(10, int(math.sqrt(len(scores)))))
+        width = float(scores.max() - scores.min()) / count or 1.0
+        edges = width * np.arange(np.floor(scores.min() / width), np.floor(scores.max() / width) + 2)  # 0 is one
         left.hist(scores[scores > 0], edges, color="#2a7", label="right")
         left.hist(scores[scores <= 0], edges, color="#c54", label="wrong")
         left.set(xlabel="score of chosen - rejected", ylabel="pairs", title=title)
