@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyalign import _checks
+from pyalign import _checks, _ops_scoring
+from pyalign._backends import choose_name
 from pyalign._types import STATISTICS, MetricOptions, MetricTensors, accumulation_dtype
 from pyalign.reference import scoring as _reference
 from pyalign.reference.ranking import check_offsets
@@ -85,7 +86,11 @@ def reward_scores(
             mask = mask != 0
     if offsets is not None:
         offsets = _check_offsets("offsets", offsets, "B + 1", hidden)
-    scores = _reference.reward_scores(hidden, head, bias, offsets, mask)
+    backend = choose_name(hidden.device.type, hidden.device.index, hidden.dtype)
+    if backend == "reference":
+        scores = _reference.reward_scores(hidden, head, bias, offsets, mask)
+    else:
+        scores = _ops_scoring.reward_scores(hidden, head, bias, offsets, mask, backend)
     return scores.squeeze(1) if single else scores
 
 
@@ -174,7 +179,15 @@ def win_probabilities(scores: Tensor, group_offsets: Tensor | None = None, *, sc
     scale = _checks.positive("scale", scale)
     if group_offsets is not None:
         check_offsets(group_offsets, scores.shape[0])
-    return _reference.win_probabilities(scores, group_offsets, scale)
+    backend = choose_name(scores.device.type, scores.device.index, scores.dtype)
+    if backend == "reference":
+        return _reference.win_probabilities(scores, group_offsets, scale)
+    blocks, total = None, 0
+    if group_offsets is not None:
+        blocks = torch.nn.functional.pad(group_offsets.diff().square().cumsum(0), (1, 0))
+        total = int(blocks[-1])
+    call = _ops_scoring.GroupCall("win_probabilities", total, scale, backend)
+    return _ops_scoring.groups(call, scores, group_offsets, blocks)
 
 
 def expected_win_rates(scores: Tensor, group_offsets: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
@@ -199,7 +212,11 @@ def expected_win_rates(scores: Tensor, group_offsets: Tensor | None = None, *, s
     """
     group_offsets = _check_groups(scores, group_offsets)
     scale = _checks.positive("scale", scale)
-    return _reference.expected_win_rates(scores, group_offsets, scale)
+    backend = choose_name(scores.device.type, scores.device.index, scores.dtype)
+    if backend == "reference":
+        return _reference.expected_win_rates(scores, group_offsets, scale)
+    call = _ops_scoring.GroupCall("expected_win_rates", 0, scale, backend)
+    return _ops_scoring.groups(call, scores, group_offsets)
 
 
 def best_of_n(scores: Tensor, group_offsets: Tensor | None = None) -> Tensor:
@@ -220,7 +237,10 @@ def best_of_n(scores: Tensor, group_offsets: Tensor | None = None) -> Tensor:
         RuntimeError: the forced backend can't serve.
     """
     group_offsets = _check_groups(scores, group_offsets)
-    return _reference.best_of_n(scores, group_offsets)
+    backend = choose_name(scores.device.type, scores.device.index, scores.dtype)
+    if backend == "reference":
+        return _reference.best_of_n(scores, group_offsets)
+    return _ops_scoring.groups(_ops_scoring.GroupCall("best_of_n", 0, 1.0, backend), scores, group_offsets)
 
 
 # ---- Metrics of pairs ----
@@ -350,7 +370,12 @@ def preference_metrics(
         category=codes,
     )
     options = MetricOptions(max(len(names), 1), bins, scale, fixed)
-    table = _reference.preference_metrics(chosen.detach().to(wide), rejected.detach().to(wide), tensors, options)
+    chosen, rejected = chosen.detach().to(wide), rejected.detach().to(wide)
+    backend = choose_name(chosen.device.type, chosen.device.index, wide)
+    if backend == "reference":
+        table = _reference.preference_metrics(chosen, rejected, tensors, options)
+    else:
+        table = _ops_scoring.preference_metrics(chosen, rejected, tensors, options, backend)
     if codes is None:
         return _evaluations(table)[0]
     return dataclasses.replace(
