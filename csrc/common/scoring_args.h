@@ -74,7 +74,7 @@ struct MetricArgs {
     int64_t pieces = 1;       // of the CUDA engine, a table for each
     double* table = nullptr;  // [pieces, categories, bins + 1, kStatistics]; the last bin is for NaN
 
-    int64_t cells() const { return categories * (bins + 1); }
+    PYALIGN_HD int64_t cells() const { return categories * (bins + 1); }
 };
 
 }  // namespace pyalign
