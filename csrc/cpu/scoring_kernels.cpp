@@ -185,6 +185,8 @@ void win_rows(const GroupArgs& a, const GroupPart& part, std::byte* scratch) {
     if (part.stream) finish_streams();
 }
 
+constexpr int64_t kRun = 16;  // opponents that are added up in F, before double
+
 // Up to kLanes rows from `first` on, side by side in lanes: lane l's adds term(win, l, j) for every opponent j, in their
 // order, and ends with finish(row, sum).
 template <class F, class Term, class Finish>
@@ -192,9 +194,9 @@ void sum_strip(const F* x, int64_t n, F scale, int64_t first, int64_t count, Ter
     alignas(64) F mine[kLanes];
     alignas(64) double total[kLanes] = {};
     for (int64_t lane = 0; lane < kLanes; ++lane) mine[lane] = x[first + minimum(lane, count - 1)];
-    for (int64_t block = 0; block < n; block += kBlock) {
+    for (int64_t run = 0; run < n; run += kRun) {
         alignas(64) F sum[kLanes] = {};
-        for (int64_t j = block, end = minimum(block + kBlock, n); j < end; ++j) {
+        for (int64_t j = run, end = minimum(run + kRun, n); j < end; ++j) {
             const F other = x[j];
             const int own = j >= first && j < first + kLanes ? int(j - first) : -1;
 #pragma omp simd
