@@ -268,30 +268,28 @@ RewardGradientArgs reward_gradient_args(const py::tuple& hidden, const py::tuple
 
 // (op, groups, size, count, dtype, scores, offsets, blocks, scale, upstream, result)
 GroupArgs group_args(const py::tuple& t) {
-    return {static_cast<GroupOp>(t[0].cast<int>()), t[1].cast<int64_t>(),
-            t[2].cast<int64_t>(),                   t[3].cast<int64_t>(),
-            static_cast<Dtype>(t[4].cast<int>()),   pointer<const void>(t[5]),
-            pointer<const int64_t>(t[6]),           pointer<const int64_t>(t[7]),
-            t[8].cast<double>(),                    pointer<const void>(t[9]),
+    return {static_cast<GroupOp>(t[0].cast<int>()),
+            t[1].cast<int64_t>(),
+            t[2].cast<int64_t>(),
+            t[3].cast<int64_t>(),
+            static_cast<Dtype>(t[4].cast<int>()),
+            pointer<const void>(t[5]),
+            pointer<const int64_t>(t[6]),
+            pointer<const int64_t>(t[7]),
+            t[8].cast<double>(),
+            pointer<const void>(t[9]),
             pointer<void>(t[10])};
 }
 
 // (count, categories, bins, dtype, chosen, rejected, margins, weight, mask, category, scale, margin, pieces, table)
 MetricArgs metric_args(const py::tuple& t) {
-    return {t[0].cast<int64_t>(),
-            t[1].cast<int64_t>(),
-            t[2].cast<int64_t>(),
-            static_cast<Dtype>(t[3].cast<int>()),
-            pointer<const void>(t[4]),
-            pointer<const void>(t[5]),
-            pointer<const void>(t[6]),
-            pointer<const void>(t[7]),
-            pointer<const uint8_t>(t[8]),
-            pointer<const int64_t>(t[9]),
-            t[10].cast<double>(),
-            t[11].cast<double>(),
-            t[12].cast<int64_t>(),
-            pointer<double>(t[13])};
+    return {t[0].cast<int64_t>(),         t[1].cast<int64_t>(),
+            t[2].cast<int64_t>(),         static_cast<Dtype>(t[3].cast<int>()),
+            pointer<const void>(t[4]),    pointer<const void>(t[5]),
+            pointer<const void>(t[6]),    pointer<const void>(t[7]),
+            pointer<const uint8_t>(t[8]), pointer<const int64_t>(t[9]),
+            t[10].cast<double>(),         t[11].cast<double>(),
+            t[12].cast<int64_t>(),        pointer<double>(t[13])};
 }
 
 template <class Execution, class Reward, class RewardGradient, class Groups, class Metrics>

@@ -8,8 +8,8 @@
 
 A sequence's score is one program's work, whose blocks depend on nothing but the dtype: it has the same bits in every
 batch. (So rows aren't read in vectors where their alignment would allow it.) A group's matrix is gone through in tiles,
-both triangles, so that every row's sum is complete without atomics; a set of pairs in pieces, a program to each piece and
-cell of the table.
+both triangles, so that every row's sum is complete without atomics; a set of pairs in pieces, a program to each piece
+and cell of the table.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def reward_rows_kernel(
     row = tl.load(last + sequence)
     total = tl.zeros((BLOCK,), tl.float32)
     weights = head + column
-    for c in range(0, heads):
+    for c in range(heads):
         total += tl.load(upstream + sequence * heads + c) * tl.load(weights, mask=column < width, other=0.0)
         weights += width
     store_rounded(gradient + tl.maximum(row, 0) * width + column, total, (column < width) & (row >= 0))

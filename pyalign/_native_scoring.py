@@ -64,7 +64,8 @@ class _Engine(Module):
         """Gradients of ``count`` hidden states if the head is given, of the head if they are, of the bias if wanted."""
         sequences, heads = upstream.shape
         wide, device = upstream.dtype, upstream.device
-        width = 0 if hidden is None and head is None else (head if hidden is None else hidden).shape[-1]
+        given = head if hidden is None else hidden
+        width = 0 if given is None else given.shape[-1]
         by_hidden = None if head is None else torch.empty(count, width, dtype=dtype, device=device)
         by_head = None if hidden is None else torch.empty(heads, width, dtype=wide, device=device)
         by_bias = torch.empty(heads, dtype=wide, device=device) if want_bias else None

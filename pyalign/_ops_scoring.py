@@ -1,7 +1,7 @@
 """The torch.library ops of scoring and their autograd.
 
-A reward head keeps for backward which rows it read and, of hidden states and head, what the gradients asked for need. Win
-probabilities and their means keep the scores alone, and compute probabilities again.
+A reward head keeps for backward which rows it read and, of hidden states and head, what the gradients asked for need.
+Win probabilities and their means keep the scores alone, and compute probabilities again.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class RewardCall(NamedTuple):
 
     def forward(self, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         """hidden, head, bias, offsets, mask -> scores, rows."""
-        run = _reward_scores if unwatched(*tensors) else torch.ops.pyalign.reward_scores
+        run: Any = _reward_scores if unwatched(*tensors) else torch.ops.pyalign.reward_scores
         return run(*tensors, self.backend)
 
     def kept(self, hidden: Tensor, head: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -267,7 +267,7 @@ def reward_scores(
         if x is not None:
             refuse_forward_mode(x)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in given]
-    call = RewardCall(*needs, backend)
+    call = RewardCall(needs[0], needs[1], needs[2], backend)
     if not any(needs):
         return call.forward(*(None if x is None else x.detach() for x in given), offsets, mask)[0]
     if torch.compiler.is_compiling() or functorch_is_active():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from pyalign._backends import choose_name
 from pyalign._types import STATISTICS, MetricOptions, MetricTensors, accumulation_dtype
 from pyalign.reference import scoring as _reference
 from pyalign.reference.ranking import check_offsets
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = [
     "CalibrationBins",
@@ -47,11 +50,11 @@ def reward_scores(
         score_bc = sum_h hidden[last(b), h] * head_weight[c, h] + head_bias[c]
 
     Forward reads one row of hidden states per sequence and gathers none. The kernels are **batch-invariant**: a
-    sequence's scores have the same bits whatever else is in the batch, packed or padded, whatever the number of threads.
-    (This holds from the hidden states on: the matrix products of the model that computed them are its own affair. Plain
-    torch, ``pyalign.backend("reference")``, doesn't promise it.) Gradients are sums in a fixed order; that of the hidden
-    states is zero but in the rows that were read. What is frozen gets no gradient computed, and with a frozen head the
-    hidden states aren't kept for backward.
+    sequence's scores have the same bits whatever else is in the batch, packed or padded, whatever the number of
+    threads. (This holds from the hidden states on: the matrix products of the model that computed them are its own
+    affair. Plain torch, ``pyalign.backend("reference")``, doesn't promise it.) Gradients are sums in a fixed order;
+    that of the hidden states is zero but in the rows that were read. What is frozen gets no gradient computed, and with
+    a frozen head the hidden states aren't kept for backward.
 
     Args:
         hidden: (T, H) packed, with ``offsets``, or (B, S, H) padded; float32, bfloat16, float16 or float64.
@@ -167,7 +170,8 @@ def win_probabilities(scores: Tensor, group_offsets: Tensor | None = None, *, sc
         (G, K, K), or of packed groups their matrices one after the other, each by rows, ``sum(K_g ** 2)`` numbers:
         ``torch.split(wins, (group_offsets.diff() ** 2).tolist())`` cuts them apart. float32 (float64 for float64).
 
-    A NaN score makes NaN of its row and column but the diagonal, and so do infinite scores of one sign among themselves.
+    A NaN score makes NaN of its row and column but the diagonal, and so do infinite scores of one sign among each
+    other.
     The size of a packed result is data: with ``group_offsets`` the host reads it, and waits for a GPU. Offsets that
     don't cut the scores into groups raise.
 
@@ -203,8 +207,8 @@ def expected_win_rates(scores: Tensor, group_offsets: Tensor | None = None, *, s
     Returns:
         Rates of the shape of ``scores``, float32 (float64 for float64). Who has no opponent gets 1/2, and gradient 0.
 
-    A NaN score makes its group NaN. Nothing waits for a GPU. On the CPU, offsets that don't cut the scores into groups
-    raise; on a GPU they make the rates NaN.
+    A NaN score makes its group NaN. Nothing waits for a GPU, but packed groups in plain torch. On the CPU, offsets that
+    don't cut the scores into groups raise; on a GPU they make the rates NaN.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
@@ -229,8 +233,8 @@ def best_of_n(scores: Tensor, group_offsets: Tensor | None = None) -> Tensor:
         (G,) int64, indices into the last dimension of ``scores``: of a dense group into its row, of a packed one into
         all N (subtract ``group_offsets[:-1]`` for the place in the group). -1 for a group without a score.
 
-    NaN is no score, and never chosen. Nothing waits for a GPU. On the CPU, offsets that don't cut the scores into groups
-    raise; on a GPU they give -1.
+    NaN is no score, and never chosen. Nothing waits for a GPU, but packed groups in plain torch. On the CPU, offsets
+    that don't cut the scores into groups raise; on a GPU they give -1.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
@@ -320,7 +324,7 @@ def preference_metrics(
     scale: float = 1.0,
     weight: Tensor | None = None,
     mask: Tensor | None = None,
-    category: Tensor | Sequence[Hashable] | None = None,
+    category: Tensor | NDArray[Any] | Sequence[Hashable] | None = None,
 ) -> PreferenceEvaluation:
     """How well scores tell chosen from rejected, and how well their differences serve as probabilities.
 
@@ -330,8 +334,8 @@ def preference_metrics(
     - accuracy: mean of [z > 0] + 1/2 [z = 0], with its standard error; ties: mean of [z = 0]
     - log-loss: mean of -log p = softplus(-z), which is right to the last digit where p is tiny or near 1
     - Brier score: mean of (1 - p)^2
-    - calibration: pairs in bins of equal width by their confidence max(p, 1 - p), which runs from 1/2 to 1; the expected
-      calibration error is sum_b w_b / w |accuracy_b - confidence_b| (Naeini et al. 2015; Guo et al. 2017,
+    - calibration: pairs in bins of equal width by their confidence max(p, 1 - p), which runs from 1/2 to 1; the
+      expected calibration error is sum_b w_b / w |accuracy_b - confidence_b| (Naeini et al. 2015; Guo et al. 2017,
       arXiv 1706.04599)
 
     One pass over the pairs, sums in float64, in a fixed order.
@@ -343,8 +347,9 @@ def preference_metrics(
         scale: > 0; what makes log-odds of a difference of scores.
         weight: (P,) floating, how much each pair counts, in every mean's numerator and denominator.
         mask: (P,) bool or integer; a pair counts where it is nonzero.
-        category: one per pair, an integer tensor (P,) or a sequence of anything hashable: adds ``slices``, the same
-            metrics per category. Categories of a tensor on a GPU are read on the host; otherwise nothing waits.
+        category: one per pair, an integer tensor (P,), or an array or a sequence of anything hashable: adds ``slices``,
+            the same metrics per category. Categories of a tensor on a GPU are read on the host; otherwise nothing
+            waits.
 
     Returns:
         A :class:`PreferenceEvaluation`, detached. A counted pair that is NaN makes its means NaN, and is in no bin of
@@ -383,7 +388,7 @@ def preference_metrics(
     )
 
 
-def _categories(category: Tensor | Sequence[Hashable] | None, pairs: Tensor) -> tuple[Tensor | None, list[Hashable]]:
+def _categories(category: Any, pairs: Tensor) -> tuple[Tensor | None, list[Hashable]]:
     """(P,) codes from 0 and what each stands for, in order of appearance."""
     if category is None:
         return None, []
@@ -429,6 +434,6 @@ def _evaluations(table: Tensor) -> list[PreferenceEvaluation]:
     means = ((cells[name][:, :bins] / inside).unbind(0) for name in ("confidence", "right"))
     points = zip(inside.unbind(0), *means, strict=True)
     return [
-        PreferenceEvaluation(*numbers, CalibrationBins(edges, *point))
+        PreferenceEvaluation(*numbers, calibration=CalibrationBins(edges, *point))
         for *numbers, point in zip(*(x.unbind(0) for x in figures), points, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""What the scoring tests share: hidden states, every op as a function of what is differentiated, and its float64 truth."""
+"""What the scoring tests share: hidden states, and results and gradients of an engine against float64."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def check(
-    engine: Engine, function: Callable[..., Tensor], dtype: torch.dtype, *tensors: Tensor, seed: int = 9, slack: float = 1,
+    engine: Engine, function: Callable[..., Tensor], dtype: torch.dtype, *tensors: Tensor, slack: float = 1,
     **options: Any,
 ) -> Outcome:  # fmt: skip
     """Result and gradients of this engine, for a random upstream gradient, against float64 in plain torch."""
     shape = function(*tensors, **options).shape
-    upstream = scores(*shape, seed=seed, scale=1.0)
+    upstream = scores(*shape, seed=9, scale=1.0)
     exact = truth(function, *tensors, upstream=upstream, **options)
     with engine():
         ours = evaluate(

@@ -442,7 +442,8 @@ def test_rows_that_are_not_read_may_hold_anything(engine: Engine):
     spoiled[0, :2] = math.inf
     with engine():
         clean, ours = (
-            evaluate(reward_scores, on(engine, x), on(engine, weight), mask=on(engine, RIGHT)) for x in (hidden, spoiled)
+            evaluate(reward_scores, on(engine, x), on(engine, weight), mask=on(engine, RIGHT))
+            for x in (hidden, spoiled)
         )
     assert torch.equal(ours.loss[:3], clean.loss[:3])
     assert all(torch.equal(a, b) for a, b in zip(ours.gradients, clean.gradients, strict=True))

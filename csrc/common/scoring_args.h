@@ -22,11 +22,11 @@ struct RewardArgs {
 
 // upstream x head in the rows that were read, upstream^T x those rows, the sum of upstream; skipped where null.
 struct RewardGradientArgs {
-    Rows hidden;                   // [count, width]; without data where head_gradient is null
+    Rows hidden;                    // [count, width]; without data where head_gradient is null
     Dtype dtype = Dtype::kFloat32;  // of the hidden states
     int64_t count = 0, width = 0, sequences = 0, heads = 1;
-    const int64_t* last = nullptr;  // [sequences]
-    const void* head = nullptr;     // [heads, width] accumulation dtype, like all below
+    const int64_t* last = nullptr;   // [sequences]
+    const void* head = nullptr;      // [heads, width] accumulation dtype, like all below
     const void* upstream = nullptr;  // [sequences, heads]
 
     void* hidden_gradient = nullptr;  // [count, width] dtype; 0 but in the rows of `last`

@@ -16,8 +16,7 @@ inline void check_offsets(const int64_t* offsets, int64_t parts, int64_t count, 
     };
     if (offsets[0] != 0) refuse(0, "0");
     for (int64_t i = 0; i < parts; ++i)
-        if (offsets[i + 1] < offsets[i])
-            refuse(i + 1, "no less than the one before it, " + std::to_string(offsets[i]));
+        if (offsets[i + 1] < offsets[i]) refuse(i + 1, "no less than the one before it, " + std::to_string(offsets[i]));
     if (offsets[parts] != count) refuse(parts, std::to_string(count) + ", " + of_what);
 }
 

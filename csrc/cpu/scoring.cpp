@@ -45,10 +45,9 @@ void reward_gradient(const RewardGradientArgs& args, int threads) {
                  });
     }
     if (args.head_gradient)
-        parallel(args.width, kBlock, args.sequences * args.heads, 0, threads,
-                 [&](int64_t begin, int64_t end, std::byte*) {
-                     scoring_kernels().reward_head_gradient(args, begin, end);
-                 });
+        parallel(
+            args.width, kBlock, args.sequences * args.heads, 0, threads,
+            [&](int64_t begin, int64_t end, std::byte*) { scoring_kernels().reward_head_gradient(args, begin, end); });
     for (int64_t c = 0; args.bias_gradient && c < args.heads; ++c) {
         double sum = 0;
         for (int64_t b = 0; b < args.sequences; ++b) {
@@ -105,7 +104,8 @@ void score_groups(const GroupArgs& args, int threads) {
 void preference_metrics(const MetricArgs& args, int threads) {
     constexpr int64_t kGrain = 65536, kNumbers = int64_t{1} << 21;  // of all pieces' tables
     const int64_t size = args.cells() * kStatistics;
-    const int64_t pieces = std::clamp<int64_t>((args.count + kGrain - 1) / kGrain, 1, std::max<int64_t>(1, kNumbers / size));
+    const int64_t pieces =
+        std::clamp<int64_t>((args.count + kGrain - 1) / kGrain, 1, std::max<int64_t>(1, kNumbers / size));
     const int64_t grain = std::max<int64_t>(1, (args.count + pieces - 1) / pieces);
     std::vector<double> tables(static_cast<size_t>(pieces * size));
     parallel(args.count, grain, 8, 0, threads, [&](int64_t begin, int64_t end, std::byte*) {

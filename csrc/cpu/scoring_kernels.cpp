@@ -187,8 +187,8 @@ void win_rows(const GroupArgs& a, const GroupPart& part, std::byte* scratch) {
 
 constexpr int64_t kRun = 16;  // opponents that are added up in F, before double
 
-// Up to kLanes rows from `first` on, side by side in lanes: lane l's adds term(win, l, j) for every opponent j, in their
-// order, and ends with finish(row, sum).
+// Up to kLanes rows from `first` on, side by side in lanes: lane l's adds term(win, l, j) for every opponent j, in
+// their order, and ends with finish(row, sum).
 template <class F, class Term, class Finish>
 void sum_strip(const F* x, int64_t n, F scale, int64_t first, int64_t count, Term term, Finish finish) {
     alignas(64) F mine[kLanes];

@@ -35,22 +35,22 @@
 #endif
 
 // The set is that of kernels(), which PYALIGN_CPU_ISA may name.
-#define PYALIGN_TABLES(Type, kName, function)                     \
-    namespace pyalign {                                           \
-    namespace PYALIGN_LEAST {                                     \
-    extern const cpu::Type kName;                                 \
-    }                                                             \
-    PYALIGN_DECLARE_AVX2(Type, kName)                             \
-    PYALIGN_DECLARE_AVX512(Type, kName)                           \
-    namespace cpu {                                               \
-    static const Type& function() {                               \
-        static const Type& chosen = []() -> const Type& {         \
+#define PYALIGN_TABLES(Type, kName, function)                       \
+    namespace pyalign {                                             \
+    namespace PYALIGN_LEAST {                                       \
+    extern const cpu::Type kName;                                   \
+    }                                                               \
+    PYALIGN_DECLARE_AVX2(Type, kName)                               \
+    PYALIGN_DECLARE_AVX512(Type, kName)                             \
+    namespace cpu {                                                 \
+    static const Type& function() {                                 \
+        static const Type& chosen = []() -> const Type& {           \
             [[maybe_unused]] const std::string isa = kernels().isa; \
-            PYALIGN_TAKE_AVX512(kName)                            \
-            PYALIGN_TAKE_AVX2(kName)                              \
-            return PYALIGN_LEAST::kName;                          \
-        }();                                                      \
-        return chosen;                                            \
-    }                                                             \
-    }                                                             \
+            PYALIGN_TAKE_AVX512(kName)                              \
+            PYALIGN_TAKE_AVX2(kName)                                \
+            return PYALIGN_LEAST::kName;                            \
+        }();                                                        \
+        return chosen;                                              \
+    }                                                               \
+    }                                                               \
     }

@@ -13,9 +13,7 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 
-int64_t blocks_for(int64_t items) {
-    return std::clamp<int64_t>(items, 1, int64_t{current_device().processors} * 32);
-}
+int64_t blocks_for(int64_t items) { return std::clamp<int64_t>(items, 1, int64_t{current_device().processors} * 32); }
 
 // ---- Reward heads ----
 
@@ -60,7 +58,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) reward_heads(const RewardArgs a) {
     __shared__ double sums[kWarp];
     __shared__ int slot;
-    float* const scores = static_cast<float*>(a.scores);      // [sequences, heads]
+    float* const scores = static_cast<float*>(a.scores);          // [sequences, heads]
     const float* const head = static_cast<const float*>(a.head);  // [heads, width]
     const float* const bias = static_cast<const float*>(a.bias);  // [heads]
     for (int64_t b = blockIdx.x; b < a.sequences; b += gridDim.x) {
@@ -69,8 +67,8 @@ __global__ void __launch_bounds__(kThreads) reward_heads(const RewardArgs a) {
         for (int64_t c = 0; c < a.heads; ++c) {
             double score = NAN;
             if (last >= 0)
-                score = block_sum(double(partial_dot(row_pointer<const T>(a.hidden, last), head + c * a.width, a.width)),
-                                  sums);
+                score = block_sum(
+                    double(partial_dot(row_pointer<const T>(a.hidden, last), head + c * a.width, a.width)), sums);
             if (threadIdx.x == 0) scores[b * a.heads + c] = float(score + (bias ? double(bias[c]) : 0.0));
         }
     }
@@ -133,7 +131,7 @@ __global__ void __launch_bounds__(kThreads) reward_bias(const RewardGradientArgs
 
 template <class T>
 struct Scores {
-    const T* scores;  // [size]
+    const T* scores;             // [size]
     int64_t begin, size, block;  // block: where its matrix starts
     float scale;
 
@@ -173,8 +171,8 @@ __global__ void __launch_bounds__(kThreads, 4) win_sums(const GroupArgs a, int p
         const Scores<T> group(a, index);
         const int64_t size = group.size;
         // [size, size], or [size] of rates
-        const float* const u =
-            static_cast<const float*>(a.upstream) + (kOp == GroupOp::kWinProbabilitiesGradient ? group.block : group.begin);
+        const float* const u = static_cast<const float*>(a.upstream) +
+                               (kOp == GroupOp::kWinProbabilitiesGradient ? group.block : group.begin);
         const float share = kOp == GroupOp::kWinProbabilitiesGradient ? 1.f : size > 1 ? 1.f / float(size - 1) : 0.f;
         for (int64_t i = part * kWarps + warp; i < size; i += int64_t{parts} * kWarps) {
             const float score = group[i];
@@ -296,7 +294,8 @@ void reward_gradient(const RewardGradientArgs& args, cudaStream_t stream) {
         const int64_t strips = (args.width + kWarp - 1) / kWarp * args.heads;
         check(launch({blocks_for(strips), kThreads, 0, stream}, reward_columns<T>, args), "reward_columns");
     });
-    if (args.bias_gradient) check(launch({blocks_for(args.heads), kThreads, 0, stream}, reward_bias, args), "reward_bias");
+    if (args.bias_gradient)
+        check(launch({blocks_for(args.heads), kThreads, 0, stream}, reward_bias, args), "reward_bias");
 }
 
 void score_groups(const GroupArgs& args, cudaStream_t stream) {
