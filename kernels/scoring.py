@@ -391,9 +391,8 @@ def score_groups(
     if op == "best_of_n":
         launch(best_kernel, groups, 1, BLOCK=min(max(triton.next_power_of_2(mean), 32), 256), **shared)
         return
-    columns = min(max(triton.next_power_of_2(mean), 16), 64)
-    tile = min(columns, 32)
-    parts = max(triton.cdiv(mean, 4 * tile), 1)
+    rows_at_once, columns = 16, min(max(triton.next_power_of_2(mean), 16), 64)
+    parts = max(triton.cdiv(mean, 4 * rows_at_once), 1)
     launch(
         group_kernel,
         groups * parts,
@@ -403,7 +402,7 @@ def score_groups(
         parts=parts,
         scale=scale,
         OP=op,
-        ROWS=tile,
+        ROWS=rows_at_once,
         COLUMNS=columns,
         **shared,
     )

@@ -291,7 +291,7 @@ class PreferenceEvaluation:
     """Expected calibration error: the mean distance of accuracy and confidence over bins, weighted by their pairs."""
     calibration: CalibrationBins
     slices: Mapping[Hashable, PreferenceEvaluation] = dataclasses.field(default_factory=dict)
-    """The same for each category, in the order in which categories come up; empty without categories."""
+    """The same for each category: integers ascending, others in order of appearance; empty without categories."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and dicts, for JSON; NaN becomes None. It waits for a GPU."""
@@ -389,18 +389,14 @@ def preference_metrics(
 
 
 def _categories(category: Any, pairs: Tensor) -> tuple[Tensor | None, list[Hashable]]:
-    """(P,) codes from 0 and what each stands for, in order of appearance."""
+    """(P,) codes from 0 and what each stands for: integers ascending, others in order of appearance."""
     if category is None:
         return None, []
     if isinstance(category, Tensor):
         _checks.per_item("category", category, pairs)
         if category.dtype != torch.bool:
             _checks.integer_dtype("category", category)
-        values, codes = category.unique(return_inverse=True)
-        first = torch.full(values.shape, pairs.shape[0], device=pairs.device)
-        first = first.scatter_reduce(0, codes, torch.arange(pairs.shape[0], device=pairs.device), "amin")
-        order = first.argsort()
-        return order.argsort()[codes], values[order].tolist()
+        return _integer_categories(category)
     if hasattr(category, "tolist"):  # numpy's array
         category = category.tolist()
     if isinstance(category, (str, bytes)) or not isinstance(category, Sequence):
@@ -410,6 +406,20 @@ def _categories(category: Any, pairs: Tensor) -> tuple[Tensor | None, list[Hasha
     places: dict[Hashable, int] = {}
     numbers = [places.setdefault(name, len(places)) for name in category]
     return torch.tensor(numbers, dtype=torch.int64, device=pairs.device), list(places)
+
+
+def _integer_categories(category: Tensor) -> tuple[Tensor, list[Hashable]]:
+    if category.numel() == 0 or category.dtype == torch.bool:
+        values, codes = category.unique(return_inverse=True)
+        return codes, values.tolist()
+    low, high = (int(x) for x in category.aminmax())
+    if high - low > max(category.numel(), 1 << 16):
+        values, codes = category.unique(return_inverse=True)
+        return codes, values.tolist()
+    place = category.to(torch.int64) - low  # a tenth of the time of unique(), which sorts
+    present = torch.zeros(high - low + 1, dtype=torch.bool, device=category.device)
+    present[place] = True
+    return (present.cumsum(0) - 1)[place], (present.nonzero().squeeze(1) + low).tolist()
 
 
 def _evaluations(table: Tensor) -> list[PreferenceEvaluation]:

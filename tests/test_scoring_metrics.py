@@ -148,7 +148,7 @@ def test_several_pieces_and_a_ragged_end(engine: Engine):
 @every_engine
 @pytest.mark.smoke
 def test_slices_are_the_metrics_of_their_pairs(engine: Engine):
-    """Categories by integers and by names, in order of appearance; the whole is unchanged but for its last bits."""
+    """Categories by integers, ascending, and by names, in order of appearance; the whole is unchanged but for its last bits."""
     chosen, rejected = (on(engine, scores(200, seed=i)) for i in (1, 2))
     numbers = torch.tensor([7, -2, 7, 100])[torch.arange(200) % 4]
     names = [{7: "helpful", -2: "honest", 100: "harmless"}[x] for x in numbers.tolist()]
@@ -156,15 +156,17 @@ def test_slices_are_the_metrics_of_their_pairs(engine: Engine):
     with engine():
         whole = preference_metrics(chosen, rejected, weight=weight)
         for category, keys in (
-            (on(engine, numbers), [7, -2, 100]),
-            (on(engine, numbers.to(torch.int16)), [7, -2, 100]),
+            (on(engine, numbers), [-2, 7, 100]),
+            (on(engine, numbers.to(torch.int16)), [-2, 7, 100]),
+            (on(engine, numbers * 2**40), [-2 * 2**40, 7 * 2**40, 100 * 2**40]),
             (names, ["helpful", "honest", "harmless"]),
             (numbers.numpy(), [7, -2, 100]),
         ):
             ours = preference_metrics(chosen, rejected, weight=weight, category=category)
             assert list(ours.slices) == keys
             assert figures(ours) == pytest.approx(figures(whole), rel=1e-12)
-            for place, value in enumerate((7, -2, 100)):
+            by_number = isinstance(category, Tensor)
+            for place, value in enumerate((-2, 7, 100) if by_number else (7, -2, 100)):
                 mask = on(engine, numbers == value)
                 alone = preference_metrics(chosen, rejected, weight=weight, mask=mask)
                 part = ours.slices[keys[place]]

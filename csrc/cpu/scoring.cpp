@@ -18,6 +18,22 @@ int64_t size_of_group(const GroupArgs& args, int64_t group) {
     return args.offsets ? args.offsets[group + 1] - args.offsets[group] : args.size;
 }
 
+// One large group by all threads, in parts of its rows.
+void shared_matrix_gradient(const GroupArgs& args, int64_t group, int threads) {
+    constexpr int64_t kParts = 8;
+    const int64_t size = size_of_group(args, group), rows = (size + kParts - 1) / kParts;
+    std::vector<double> gradients(static_cast<size_t>(kParts * size));
+    parallel(kParts, 1, rows * size, group_row_scratch(size), threads, [&](int64_t part, int64_t, std::byte* scratch) {
+        const int64_t first = std::min(part * rows, size), last = std::min(first + rows, size);
+        if (first == last) return;
+        const GroupPart range{group, group + 1, first, last};
+        scoring_kernels().matrix_gradient(args, range, scratch, gradients.data() + part * size);
+    });
+    for (int64_t i = size; i < kParts * size; ++i)
+        gradients[static_cast<size_t>(i % size)] += gradients[static_cast<size_t>(i)];
+    scoring_kernels().finish_gradient(args, group, gradients.data());
+}
+
 }  // namespace
 
 void reward_scores(const RewardArgs& args, int threads) {
@@ -73,12 +89,19 @@ void score_groups(const GroupArgs& args, int threads) {
 
     // Pieces of about equal work: some groups, or some rows of a large one.
     constexpr int64_t kWork = 32768;
+    const bool by_rows = args.op == GroupOp::kWinProbabilitiesGradient;  // which all add to all entries
     std::vector<GroupPart> parts;
+    std::vector<int64_t> shared;
     int64_t work = 0, largest = 0, entries = 0;
     for (int64_t group = 0; group < args.groups; ++group) {
         const int64_t size = size_of_group(args, group);
         largest = std::max(largest, size);
         entries += size * size;
+        if (size * size >= 2 * kWork && by_rows) {
+            shared.push_back(group);
+            work = 0;
+            continue;
+        }
         if (size * size >= 2 * kWork) {
             const int64_t rows = std::max<int64_t>(kStrip, kWork / size / kStrip * kStrip);
             for (int64_t row = 0; row < size; row += rows)
@@ -99,6 +122,7 @@ void score_groups(const GroupArgs& args, int threads) {
                  parts[part].stream = stream;
                  scoring_kernels().win_part(args, parts[part], scratch);
              });
+    for (const int64_t group : shared) shared_matrix_gradient(args, group, threads);
 }
 
 void preference_metrics(const MetricArgs& args, int threads) {

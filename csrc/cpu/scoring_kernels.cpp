@@ -210,6 +210,88 @@ void sum_strip(const F* x, int64_t n, F scale, int64_t first, int64_t count, Ter
     for (int64_t lane = 0; lane < count; ++lane) finish(first + lane, total[lane]);
 }
 
+// sum_j p_ij p_ji (u_ij - u_ji) without walking down columns: the term t_ij = p_ij p_ji u_ij is added to entry i's
+// gradient and taken from entry j's, by rows. Sums run in F over kRun vectors of a row and kRun rows of a column.
+template <class F>
+void add_matrix_gradient(const F* x /* [n] and kLanes more */, const F* u /* [n, n] */, int64_t n, F scale,
+                         int64_t first, int64_t last, F* tile /* [n] and kLanes more */, double* gradient /* [n] */) {
+    const int64_t whole = n / kLanes * kLanes, rest = n - whole;
+    for (int64_t begin = first; begin < last; begin += kRun) {
+        const int64_t end = minimum(begin + kRun, last);
+        std::memset(tile, 0, static_cast<size_t>(n + kLanes) * sizeof(F));
+        for (int64_t i = begin; i < end; ++i) {
+            const F xi = x[i];
+            const F* const row = u + i * n;
+            alignas(64) F sum[kLanes] = {};
+            double total = 0;
+            const auto add = [&](const F* upstream, int64_t j) {
+                const int own = i >= j && i < j + kLanes ? int(i - j) : -1;
+#pragma omp simd
+                for (int lane = 0; lane < int(kLanes); ++lane) {
+                    const F term = win(scale * (xi - x[j + lane])).slope * upstream[lane];
+                    const F one = lane == own ? F(0) : term;
+                    sum[lane] += one;
+                    tile[j + lane] -= one;
+                }
+            };
+            const auto flush = [&] {
+                F run = F(0);
+#pragma omp simd reduction(+ : run)
+                for (int lane = 0; lane < int(kLanes); ++lane) run += sum[lane];
+                total += double(run);
+            };
+            for (int64_t j = 0; j < whole; j += kLanes) {
+                add(row + j, j);
+                if (j / kLanes % kRun != kRun - 1) continue;
+                flush();
+                std::memset(sum, 0, sizeof sum);
+            }
+            if (rest > 0) {
+                alignas(64) F upstream[kLanes] = {};
+                for (int64_t lane = 0; lane < rest; ++lane) upstream[lane] = row[whole + lane];
+                add(upstream, whole);
+            }
+            flush();
+            gradient[i] += total;
+        }
+        for (int64_t j = 0; j < n; ++j) gradient[j] += double(tile[j]);
+    }
+}
+
+template <class T>
+void matrix_gradients(const GroupArgs& a, const GroupPart& part, std::byte* scratch, double* gradient) {
+    using F = ValueOf<T>;
+    for (int64_t group = part.begin; group < part.end; ++group) {
+        const Range range = range_of(a, group);
+        const int64_t n = range.size, last = part.is_whole() ? n : part.last;
+        F *const x = reinterpret_cast<F*>(scratch), *const tile = x + n + kLanes;
+        double* const sums = gradient ? gradient : reinterpret_cast<double*>(scratch) + 2 * (n + kLanes);
+        const T* const scores = static_cast<const T*>(a.scores) + range.begin;
+        const F* const upstream = static_cast<const F*>(a.upstream) + (a.blocks ? a.blocks[group] : group * n * n);
+        for (int64_t i = 0; i < n; ++i) x[i] = value(scores[i]);
+        for (int64_t i = n; i < n + kLanes; ++i) x[i] = F(0);
+        std::memset(sums, 0, static_cast<size_t>(n) * sizeof(double));
+        add_matrix_gradient<F>(x, upstream, n, F(a.scale), part.first, last, tile, sums);
+        T* const to = static_cast<T*>(a.result) + range.begin;
+        for (int64_t i = 0; !gradient && i < n; ++i) to[i] = round_to(F(a.scale * sums[i]), T{});
+    }
+}
+
+template <class T>
+void finish_gradient(const GroupArgs& a, int64_t group, const double* gradient) {
+    const Range range = range_of(a, group);
+    T* const to = static_cast<T*>(a.result) + range.begin;
+    for (int64_t i = 0; i < range.size; ++i) to[i] = round_to(ValueOf<T>(a.scale * gradient[i]), T{});
+}
+
+void matrix_gradient(const GroupArgs& args, const GroupPart& part, std::byte* scratch, double* gradient) {
+    with_element(args.dtype, [&](auto type) { matrix_gradients<decltype(type)>(args, part, scratch, gradient); });
+}
+
+void finish(const GroupArgs& args, int64_t group, const double* gradient) {
+    with_element(args.dtype, [&](auto type) { finish_gradient<decltype(type)>(args, group, gradient); });
+}
+
 template <class T>
 void win_sums(const GroupArgs& a, const GroupPart& part, std::byte* scratch) {
     using F = ValueOf<T>;
@@ -229,7 +311,7 @@ void win_sums(const GroupArgs& a, const GroupPart& part, std::byte* scratch) {
                 sum_strip(
                     x, n, scale, strip, count, [](Win<F> at, int, int64_t) { return at.p; },
                     [&](int64_t i, double sum) { rates[i] = n > 1 ? F(sum * share) : F(0.5); });
-            } else if (a.op == GroupOp::kWinRatesGradient) {
+            } else {
                 const F* const upstream = static_cast<const F*>(a.upstream) + range.begin;
                 alignas(64) F mine[kLanes];
                 for (int64_t lane = 0; lane < kLanes; ++lane) mine[lane] = upstream[strip + minimum(lane, count - 1)];
@@ -237,20 +319,6 @@ void win_sums(const GroupArgs& a, const GroupPart& part, std::byte* scratch) {
                     x, n, scale, strip, count,
                     [&](Win<F> at, int lane, int64_t j) { return at.slope * (mine[lane] - upstream[j]); },
                     [&](int64_t i, double sum) { gradient[i] = round_to(F(sum * a.scale * share), T{}); });
-            } else {
-                const F* const upstream =
-                    static_cast<const F*>(a.upstream) + (a.blocks ? a.blocks[group] : group * n * n);
-                alignas(64) int64_t rows[kLanes], columns[kLanes];
-                for (int64_t lane = 0; lane < kLanes; ++lane) {
-                    columns[lane] = strip + minimum(lane, count - 1);
-                    rows[lane] = columns[lane] * n;
-                }
-                sum_strip(
-                    x, n, scale, strip, count,
-                    [&](Win<F> at, int lane, int64_t j) {
-                        return at.slope * (upstream[rows[lane] + j] - upstream[j * n + columns[lane]]);
-                    },
-                    [&](int64_t i, double sum) { gradient[i] = round_to(F(sum * a.scale), T{}); });
             }
         }
     }
@@ -261,6 +329,8 @@ void win_part(const GroupArgs& args, const GroupPart& part, std::byte* scratch) 
         using T = decltype(type);
         if (args.op == GroupOp::kWinProbabilities)
             win_rows<T>(args, part, scratch);
+        else if (args.op == GroupOp::kWinProbabilitiesGradient)
+            matrix_gradients<T>(args, part, scratch, nullptr);
         else
             win_sums<T>(args, part, scratch);
     });
@@ -340,7 +410,14 @@ void metrics(const MetricArgs& args, int64_t begin, int64_t end, double* table) 
 #define PYALIGN_STRING(x) #x
 #define PYALIGN_NAME(x) PYALIGN_STRING(x)
 extern const ScoringKernels kScoringKernels;
-const ScoringKernels kScoringKernels = {
-    PYALIGN_NAME(PYALIGN_ISA), reward, reward_hidden_gradient, reward_head_gradient, win_part, best, metrics};
+const ScoringKernels kScoringKernels = {PYALIGN_NAME(PYALIGN_ISA),
+                                        reward,
+                                        reward_hidden_gradient,
+                                        reward_head_gradient,
+                                        win_part,
+                                        matrix_gradient,
+                                        finish,
+                                        best,
+                                        metrics};
 
 PYALIGN_END

@@ -23,6 +23,9 @@ struct ScoringKernels {
     void (*reward_head_gradient)(const RewardGradientArgs&, int64_t begin, int64_t end);
     // All of GroupOp but kBest; `scratch` from group_row_scratch.
     void (*win_part)(const GroupArgs&, const GroupPart&, std::byte* scratch);
+    // A large group's gradient of the matrix: the rows of a part into a gradient [size] of its own, which are added up.
+    void (*matrix_gradient)(const GroupArgs&, const GroupPart&, std::byte* scratch, double* gradient);
+    void (*finish_gradient)(const GroupArgs&, int64_t group, const double* gradient);
     void (*best)(const GroupArgs&, int64_t begin, int64_t end);
     // Adds the pairs [begin, end) to table [categories, bins + 1, kStatistics].
     void (*metrics)(const MetricArgs&, int64_t begin, int64_t end, double* table);
@@ -31,6 +34,6 @@ struct ScoringKernels {
 constexpr int64_t kStrip = 16;  // rows of a group's matrix that are summed side by side
 
 // Bytes that win_part needs for groups up to this size.
-inline size_t group_row_scratch(int64_t size) { return sizeof(double) * static_cast<size_t>(size + kStrip); }
+inline size_t group_row_scratch(int64_t size) { return sizeof(double) * 3 * static_cast<size_t>(size + kStrip); }
 
 }  // namespace pyalign::cpu
