@@ -148,7 +148,7 @@ def test_several_pieces_and_a_ragged_end(engine: Engine):
 @every_engine
 @pytest.mark.smoke
 def test_slices_are_the_metrics_of_their_pairs(engine: Engine):
-    """Categories by integers, ascending, and by names, in order of appearance; the whole is unchanged but for its last bits."""
+    """By integers, ascending, and by names, in order of appearance; the whole is unchanged but for its last bits."""
     chosen, rejected = (on(engine, scores(200, seed=i)) for i in (1, 2))
     numbers = torch.tensor([7, -2, 7, 100])[torch.arange(200) % 4]
     names = [{7: "helpful", -2: "honest", 100: "harmless"}[x] for x in numbers.tolist()]
