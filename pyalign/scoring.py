@@ -88,6 +88,8 @@ def reward_scores(
             _checks.integer_dtype("mask", mask)
             mask = mask != 0
     if offsets is not None:
+        if isinstance(offsets, Tensor):
+            _check_beside("offsets", offsets, tuple(offsets.shape), hidden)
         offsets = _check_offsets("offsets", offsets, "B + 1", hidden)
     backend = choose_name(hidden.device.type, hidden.device.index, hidden.dtype)
     if backend == "reference":
@@ -332,7 +334,7 @@ def preference_metrics(
     p = sigmoid(z), the probability that the model gives to what was preferred:
 
     - accuracy: mean of [z > 0] + 1/2 [z = 0], with its standard error; ties: mean of [z = 0]
-    - log-loss: mean of -log p = softplus(-z), which is right to the last digit where p is tiny or near 1
+    - log-loss: mean of -log p = softplus(-z), which keeps its digits where p is tiny or near 1
     - Brier score: mean of (1 - p)^2
     - calibration: pairs in bins of equal width by their confidence max(p, 1 - p), which runs from 1/2 to 1; the
       expected calibration error is sum_b w_b / w |accuracy_b - confidence_b| (Naeini et al. 2015; Guo et al. 2017,

@@ -210,13 +210,16 @@ def test_torch_func_grad(engine: Engine):
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own formulas
 @quick_kernel
-def test_forward_mode_raises(engine: Engine):
+def test_forward_mode_raises_and_vmap_is_right(engine: Engine):
     x, hidden, weight = (on(engine, t) for t in (scores(4, 7), normal(4, 5, 6), normal(6)))
     with engine():
         with pytest.raises(RuntimeError, match="no forward-mode derivative"):
             torch.func.jvp(expected_win_rates, (x,), (x,))
         with pytest.raises(RuntimeError, match="no forward-mode derivative"):
             torch.func.jvp(lambda w: reward_scores(hidden, w), (weight,), (weight,))
+        for function in (win_probabilities, expected_win_rates, best_of_n):
+            both = torch.func.vmap(function)(torch.stack([x, -x]))
+            assert torch.equal(both, torch.stack([function(x), function(-x)]))
 
 
 @pytest.mark.usefixtures("unpoisoned")
@@ -387,6 +390,7 @@ GRAD_FREE = MASK.float()
         (lambda: reward_scores(H[0], W, offsets=OFFSETS, mask=MASK), ValueError, "mask: got a tensor; wanted None, be"),
         (lambda: reward_scores(H[0], W, offsets=[0, 5]), TypeError, "offsets: got list; wanted a tensor"),
         (lambda: reward_scores(H[0], W, offsets=torch.tensor([0.0, 5])), TypeError, "offsets: got torch.float32"),
+        (lambda: reward_scores(H[0], W, offsets=OFFSETS.to("meta")), ValueError, "offsets: .*, where the hidden"),
         (lambda: reward_scores(H[0], W, offsets=MASK), ValueError, r"offsets: got shape \(4, 5\); wanted \(B \+ 1,\)"),
         (lambda: reward_scores(H[0], W, offsets=OFFSETS[:0]), ValueError, r"offsets: got shape \(0,\); wanted"),
         (lambda: win_probabilities([1.0]), TypeError, "scores: got list; wanted a tensor"),
