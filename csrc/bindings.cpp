@@ -232,12 +232,99 @@ void register_logprob(py::module_& m, Logprob logprob) {
     });
 }
 
+// ---- Scoring ----
+
+// hidden, (count, width, sequences, heads, offsets, mask, length, head, bias), (last, scores)
+RewardArgs reward_args(const py::tuple& hidden, const py::tuple& t, const py::tuple& out) {
+    return {rows(hidden),
+            t[0].cast<int64_t>(),
+            t[1].cast<int64_t>(),
+            t[2].cast<int64_t>(),
+            t[3].cast<int64_t>(),
+            pointer<const int64_t>(t[4]),
+            pointer<const uint8_t>(t[5]),
+            t[6].cast<int64_t>(),
+            pointer<const void>(t[7]),
+            pointer<const void>(t[8]),
+            pointer<int64_t>(out[0]),
+            pointer<void>(out[1])};
+}
+
+// hidden, (dtype, count, width, sequences, heads, last, head, upstream), (hidden, head, bias gradients)
+RewardGradientArgs reward_gradient_args(const py::tuple& hidden, const py::tuple& t, const py::tuple& out) {
+    return {rows(hidden),
+            static_cast<Dtype>(t[0].cast<int>()),
+            t[1].cast<int64_t>(),
+            t[2].cast<int64_t>(),
+            t[3].cast<int64_t>(),
+            t[4].cast<int64_t>(),
+            pointer<const int64_t>(t[5]),
+            pointer<const void>(t[6]),
+            pointer<const void>(t[7]),
+            pointer<void>(out[0]),
+            pointer<void>(out[1]),
+            pointer<void>(out[2])};
+}
+
+// (op, groups, size, count, dtype, scores, offsets, blocks, scale, upstream, result)
+GroupArgs group_args(const py::tuple& t) {
+    return {static_cast<GroupOp>(t[0].cast<int>()),
+            t[1].cast<int64_t>(),
+            t[2].cast<int64_t>(),
+            t[3].cast<int64_t>(),
+            static_cast<Dtype>(t[4].cast<int>()),
+            pointer<const void>(t[5]),
+            pointer<const int64_t>(t[6]),
+            pointer<const int64_t>(t[7]),
+            t[8].cast<double>(),
+            pointer<const void>(t[9]),
+            pointer<void>(t[10])};
+}
+
+// (count, categories, bins, dtype, chosen, rejected, margins, weight, mask, category, scale, margin, pieces, table)
+MetricArgs metric_args(const py::tuple& t) {
+    return {t[0].cast<int64_t>(),         t[1].cast<int64_t>(),
+            t[2].cast<int64_t>(),         static_cast<Dtype>(t[3].cast<int>()),
+            pointer<const void>(t[4]),    pointer<const void>(t[5]),
+            pointer<const void>(t[6]),    pointer<const void>(t[7]),
+            pointer<const uint8_t>(t[8]), pointer<const int64_t>(t[9]),
+            t[10].cast<double>(),         t[11].cast<double>(),
+            t[12].cast<int64_t>(),        pointer<double>(t[13])};
+}
+
+template <class Execution, class Reward, class RewardGradient, class Groups, class Metrics>
+void register_scoring(py::module_& m, Reward reward_scores, RewardGradient reward_gradient, Groups score_groups,
+                      Metrics preference_metrics) {
+    const auto execution = [](uintptr_t x) { return (Execution)x; };
+    m.def("reward_scores", [=](const py::tuple& hidden, const py::tuple& in, const py::tuple& out, uintptr_t on) {
+        const RewardArgs args = reward_args(hidden, in, out);
+        py::gil_scoped_release release;
+        reward_scores(args, execution(on));
+    });
+    m.def("reward_gradient", [=](const py::tuple& hidden, const py::tuple& in, const py::tuple& out, uintptr_t on) {
+        const RewardGradientArgs args = reward_gradient_args(hidden, in, out);
+        py::gil_scoped_release release;
+        reward_gradient(args, execution(on));
+    });
+    m.def("score_groups", [=](const py::tuple& in, uintptr_t on) {
+        const GroupArgs args = group_args(in);
+        py::gil_scoped_release release;
+        score_groups(args, execution(on));
+    });
+    m.def("preference_metrics", [=](const py::tuple& in, uintptr_t on) {
+        const MetricArgs args = metric_args(in);
+        py::gil_scoped_release release;
+        preference_metrics(args, execution(on));
+    });
+}
+
 // ---- Modules ----
 
 void register_cpu(py::module_ m) {
     register_ranking<int>(m, cpu::pair_loss, cpu::ranked_loss, cpu::score_gradient);
     register_distill<int>(m, cpu::distill, cpu::topk_distill, cpu::topk, cpu::scale);
     register_logprob<int>(m, cpu::logprob);
+    register_scoring<int>(m, cpu::reward_scores, cpu::reward_gradient, cpu::score_groups, cpu::preference_metrics);
     m.def("widen", [](const py::tuple& matrix, int64_t count, int64_t width, uintptr_t a, uintptr_t b, int dtype,
                       bool add, int threads) {
         const Rows out = rows(matrix);
@@ -254,6 +341,8 @@ void register_cuda(py::module_ m) {
     register_ranking<cudaStream_t>(m, cuda::pair_loss, cuda::ranked_loss, cuda::score_gradient);
     register_distill<cudaStream_t>(m, cuda::distill, cuda::topk_distill, cuda::topk, cuda::scale);
     register_logprob<cudaStream_t>(m, cuda::logprob);
+    register_scoring<cudaStream_t>(m, cuda::reward_scores, cuda::reward_gradient, cuda::score_groups,
+                                   cuda::preference_metrics);
     m.def("explain_distill", [](int64_t vocab, int dtype, int device) {
         return cuda::explain_distill(vocab, static_cast<Dtype>(dtype), device);
     });

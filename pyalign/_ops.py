@@ -33,6 +33,11 @@ OPS = (
     "ranked_preference_loss",
     "binary_discrimination_loss",
     "dpo_loss",
+    "reward_scores",
+    "win_probabilities",
+    "expected_win_rates",
+    "best_of_n",
+    "preference_metrics",
 )
 
 _library = torch.library.Library("pyalign", "DEF")

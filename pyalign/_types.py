@@ -207,8 +207,19 @@ class LogprobResults(NamedTuple):
 
 # Scoring
 
+GROUP_OPS = (
+    "win_probabilities", "win_probabilities_gradient", "expected_win_rates", "expected_win_rates_gradient", "best_of_n",
+)  # fmt: skip
 # What is summed over the pairs of a cell: a category and a bin of confidence, or the bin of the pairs that are NaN.
 STATISTICS = ("pairs", "weight", "squared_weight", "right", "tied", "log_loss", "brier", "confidence")
+
+
+class RewardGradients(NamedTuple):
+    """Of a reward head; None for what was not asked for."""
+
+    hidden: Tensor | None  # (T, H) the hidden states' dtype, zero but in the rows that were read
+    head: Tensor | None  # (C, H) accumulation dtype
+    bias: Tensor | None  # (C,) accumulation dtype
 
 
 class MetricTensors(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyalign import distill, logprob, ranking
+from pyalign import distill, logprob, ranking, scoring
 from pyalign.distill import TopKLogprobs
 from pyalign.ranking import LabelledOutput, PreferenceOutput
 
@@ -24,6 +24,7 @@ __all__ = [
     "ORPOLoss",
     "PairwisePreferenceLoss",
     "RankedPreferenceLoss",
+    "RewardHead",
     "SimPOLoss",
     "TokenLogprobs",
     "TopKDistillationLoss",
@@ -517,3 +518,37 @@ class KTOLoss(_LossModule):
     ) -> LabelledOutput:
         """The loss and rewards; ``tensors`` are mask, num_items."""
         return ranking.kto_loss(policy_logps, reference_logps, labels, kl, **self.options, **tensors)
+
+
+class RewardHead(nn.Linear):
+    """:func:`pyalign.scoring.reward_scores` with a head of its own: the scores of sequences from their hidden states.
+
+    An ``nn.Linear(hidden_size, heads)``, with its initialisation and the names of its parameters, so that the ``score``
+    layer of a sequence classifier loads into it.
+
+    >>> head = RewardHead(model.config.hidden_size)
+    >>> scores = head(model(input_ids, attention_mask=mask).last_hidden_state, mask=mask)  # (B,)
+
+    Args:
+        hidden_size: H.
+        heads: how many scores a sequence has; of one head, ``forward`` gives (B,), else (B, heads).
+        bias: whether to add one; differences of scores don't depend on it.
+        device, dtype: of the parameters; float32 is usual also for hidden states of 16 bits.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        heads: int = 1,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(hidden_size, heads, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, hidden: Tensor, *, offsets: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Scores of hidden (B, S, H), with a mask or without, or of packed (T, H) with offsets."""
+        bias: Tensor | None = self.bias
+        scores = scoring.reward_scores(hidden, self.weight, head_bias=bias, offsets=offsets, mask=mask)
+        return scores.squeeze(1) if self.out_features == 1 else scores

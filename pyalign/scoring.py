@@ -9,15 +9,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pyalign import _checks
+from pyalign import _checks, _ops_scoring
+from pyalign._backends import choose_name
 from pyalign._types import STATISTICS, MetricOptions, MetricTensors, accumulation_dtype
 from pyalign.reference import scoring as _reference
 from pyalign.reference.ranking import check_offsets
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = [
     "CalibrationBins",
@@ -47,11 +51,11 @@ def reward_scores(
         score_bc = sum_h hidden[last(b), h] * head_weight[c, h] + head_bias[c]
 
     Forward reads one row of hidden states per sequence and gathers none. The kernels are **batch-invariant**: a
-    sequence's scores have the same bits whatever else is in the batch, packed or padded, whatever the number of threads.
-    (This holds from the hidden states on: the matrix products of the model that computed them are its own affair. Plain
-    torch, ``pyalign.backend("reference")``, doesn't promise it.) Gradients are sums in a fixed order; that of the hidden
-    states is zero but in the rows that were read. What is frozen gets no gradient computed, and with a frozen head the
-    hidden states aren't kept for backward.
+    sequence's scores have the same bits whatever else is in the batch, packed or padded, whatever the number of
+    threads. (This holds from the hidden states on: the matrix products of the model that computed them are its own
+    affair. Plain torch, ``pyalign.backend("reference")``, doesn't promise it.) Gradients are sums in a fixed order;
+    that of the hidden states is zero but in the rows that were read. What is frozen gets no gradient computed, and with
+    a frozen head the hidden states aren't kept for backward.
 
     Args:
         hidden: (T, H) packed, with ``offsets``, or (B, S, H) padded; float32, bfloat16, float16 or float64.
@@ -85,8 +89,14 @@ def reward_scores(
             _checks.integer_dtype("mask", mask)
             mask = mask != 0
     if offsets is not None:
+        if isinstance(offsets, Tensor):
+            _check_beside("offsets", offsets, tuple(offsets.shape), hidden)
         offsets = _check_offsets("offsets", offsets, "B + 1", hidden)
-    scores = _reference.reward_scores(hidden, head, bias, offsets, mask)
+    backend = choose_name(hidden.device.type, hidden.device.index, hidden.dtype)
+    if backend == "reference":
+        scores = _reference.reward_scores(hidden, head, bias, offsets, mask)
+    else:
+        scores = _ops_scoring.reward_scores(hidden, head, bias, offsets, mask, backend)
     return scores.squeeze(1) if single else scores
 
 
@@ -163,7 +173,8 @@ def win_probabilities(scores: Tensor, group_offsets: Tensor | None = None, *, sc
         (G, K, K), or of packed groups their matrices one after the other, each by rows, ``sum(K_g ** 2)`` numbers:
         ``torch.split(wins, (group_offsets.diff() ** 2).tolist())`` cuts them apart. float32 (float64 for float64).
 
-    A NaN score makes NaN of its row and column but the diagonal, and so do infinite scores of one sign among themselves.
+    A NaN score makes NaN of its row and column but the diagonal, and so do infinite scores of one sign among each
+    other.
     The size of a packed result is data: with ``group_offsets`` the host reads it, and waits for a GPU. Offsets that
     don't cut the scores into groups raise.
 
@@ -175,7 +186,15 @@ def win_probabilities(scores: Tensor, group_offsets: Tensor | None = None, *, sc
     scale = _checks.positive("scale", scale)
     if group_offsets is not None:
         check_offsets(group_offsets, scores.shape[0])
-    return _reference.win_probabilities(scores, group_offsets, scale)
+    backend = choose_name(scores.device.type, scores.device.index, scores.dtype)
+    if backend == "reference":
+        return _reference.win_probabilities(scores, group_offsets, scale)
+    blocks, total = None, 0
+    if group_offsets is not None:
+        blocks = torch.nn.functional.pad(group_offsets.diff().square().cumsum(0), (1, 0))
+        total = int(blocks[-1])
+    call = _ops_scoring.GroupCall("win_probabilities", total, scale, backend)
+    return _ops_scoring.groups(call, scores, group_offsets, blocks)
 
 
 def expected_win_rates(scores: Tensor, group_offsets: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
@@ -191,8 +210,8 @@ def expected_win_rates(scores: Tensor, group_offsets: Tensor | None = None, *, s
     Returns:
         Rates of the shape of ``scores``, float32 (float64 for float64). Who has no opponent gets 1/2, and gradient 0.
 
-    A NaN score makes its group NaN. Nothing waits for a GPU. On the CPU, offsets that don't cut the scores into groups
-    raise; on a GPU they make the rates NaN.
+    A NaN score makes its group NaN. Nothing waits for a GPU, but packed groups in plain torch. On the CPU, offsets that
+    don't cut the scores into groups raise; on a GPU they make the rates NaN.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
@@ -200,7 +219,11 @@ def expected_win_rates(scores: Tensor, group_offsets: Tensor | None = None, *, s
     """
     group_offsets = _check_groups(scores, group_offsets)
     scale = _checks.positive("scale", scale)
-    return _reference.expected_win_rates(scores, group_offsets, scale)
+    backend = choose_name(scores.device.type, scores.device.index, scores.dtype)
+    if backend == "reference":
+        return _reference.expected_win_rates(scores, group_offsets, scale)
+    call = _ops_scoring.GroupCall("expected_win_rates", 0, scale, backend)
+    return _ops_scoring.groups(call, scores, group_offsets)
 
 
 def best_of_n(scores: Tensor, group_offsets: Tensor | None = None) -> Tensor:
@@ -213,15 +236,18 @@ def best_of_n(scores: Tensor, group_offsets: Tensor | None = None) -> Tensor:
         (G,) int64, indices into the last dimension of ``scores``: of a dense group into its row, of a packed one into
         all N (subtract ``group_offsets[:-1]`` for the place in the group). -1 for a group without a score.
 
-    NaN is no score, and never chosen. Nothing waits for a GPU. On the CPU, offsets that don't cut the scores into groups
-    raise; on a GPU they give -1.
+    NaN is no score, and never chosen. Nothing waits for a GPU, but packed groups in plain torch. On the CPU, offsets
+    that don't cut the scores into groups raise; on a GPU they give -1.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
         RuntimeError: the forced backend can't serve.
     """
     group_offsets = _check_groups(scores, group_offsets)
-    return _reference.best_of_n(scores, group_offsets)
+    backend = choose_name(scores.device.type, scores.device.index, scores.dtype)
+    if backend == "reference":
+        return _reference.best_of_n(scores, group_offsets)
+    return _ops_scoring.groups(_ops_scoring.GroupCall("best_of_n", 0, 1.0, backend), scores, group_offsets)
 
 
 # ---- Metrics of pairs ----
@@ -268,7 +294,7 @@ class PreferenceEvaluation:
     """Expected calibration error: the mean distance of accuracy and confidence over bins, weighted by their pairs."""
     calibration: CalibrationBins
     slices: Mapping[Hashable, PreferenceEvaluation] = dataclasses.field(default_factory=dict)
-    """The same for each category, in the order in which categories come up; empty without categories."""
+    """The same for each category: integers ascending, others in order of appearance; empty without categories."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and dicts, for JSON; NaN becomes None. It waits for a GPU."""
@@ -301,7 +327,7 @@ def preference_metrics(
     scale: float = 1.0,
     weight: Tensor | None = None,
     mask: Tensor | None = None,
-    category: Tensor | Sequence[Hashable] | None = None,
+    category: Tensor | NDArray[Any] | Sequence[Hashable] | None = None,
 ) -> PreferenceEvaluation:
     """How well scores tell chosen from rejected, and how well their differences serve as probabilities.
 
@@ -309,10 +335,10 @@ def preference_metrics(
     p = sigmoid(z), the probability that the model gives to what was preferred:
 
     - accuracy: mean of [z > 0] + 1/2 [z = 0], with its standard error; ties: mean of [z = 0]
-    - log-loss: mean of -log p = softplus(-z), which is right to the last digit where p is tiny or near 1
+    - log-loss: mean of -log p = softplus(-z), which keeps its digits where p is tiny or near 1
     - Brier score: mean of (1 - p)^2
-    - calibration: pairs in bins of equal width by their confidence max(p, 1 - p), which runs from 1/2 to 1; the expected
-      calibration error is sum_b w_b / w |accuracy_b - confidence_b| (Naeini et al. 2015; Guo et al. 2017,
+    - calibration: pairs in bins of equal width by their confidence max(p, 1 - p), which runs from 1/2 to 1; the
+      expected calibration error is sum_b w_b / w |accuracy_b - confidence_b| (Naeini et al. 2015; Guo et al. 2017,
       arXiv 1706.04599)
 
     One pass over the pairs, sums in float64, in a fixed order.
@@ -324,8 +350,9 @@ def preference_metrics(
         scale: > 0; what makes log-odds of a difference of scores.
         weight: (P,) floating, how much each pair counts, in every mean's numerator and denominator.
         mask: (P,) bool or integer; a pair counts where it is nonzero.
-        category: one per pair, an integer tensor (P,) or a sequence of anything hashable: adds ``slices``, the same
-            metrics per category. Categories of a tensor on a GPU are read on the host; otherwise nothing waits.
+        category: one per pair, an integer tensor (P,), or an array or a sequence of anything hashable: adds ``slices``,
+            the same metrics per category. Categories of a tensor on a GPU are read on the host; otherwise nothing
+            waits.
 
     Returns:
         A :class:`PreferenceEvaluation`, detached. A counted pair that is NaN makes its means NaN, and is in no bin of
@@ -351,7 +378,12 @@ def preference_metrics(
         category=codes,
     )
     options = MetricOptions(max(len(names), 1), bins, scale, fixed)
-    table = _reference.preference_metrics(chosen.detach().to(wide), rejected.detach().to(wide), tensors, options)
+    chosen, rejected = chosen.detach().to(wide), rejected.detach().to(wide)
+    backend = choose_name(chosen.device.type, chosen.device.index, wide)
+    if backend == "reference":
+        table = _reference.preference_metrics(chosen, rejected, tensors, options)
+    else:
+        table = _ops_scoring.preference_metrics(chosen, rejected, tensors, options, backend)
     if codes is None:
         return _evaluations(table)[0]
     return dataclasses.replace(
@@ -359,19 +391,15 @@ def preference_metrics(
     )
 
 
-def _categories(category: Tensor | Sequence[Hashable] | None, pairs: Tensor) -> tuple[Tensor | None, list[Hashable]]:
-    """(P,) codes from 0 and what each stands for, in order of appearance."""
+def _categories(category: Any, pairs: Tensor) -> tuple[Tensor | None, list[Hashable]]:
+    """(P,) codes from 0 and what each stands for: integers ascending, others in order of appearance."""
     if category is None:
         return None, []
     if isinstance(category, Tensor):
         _checks.per_item("category", category, pairs)
         if category.dtype != torch.bool:
             _checks.integer_dtype("category", category)
-        values, codes = category.unique(return_inverse=True)
-        first = torch.full(values.shape, pairs.shape[0], device=pairs.device)
-        first = first.scatter_reduce(0, codes, torch.arange(pairs.shape[0], device=pairs.device), "amin")
-        order = first.argsort()
-        return order.argsort()[codes], values[order].tolist()
+        return _integer_categories(category)
     if hasattr(category, "tolist"):  # numpy's array
         category = category.tolist()
     if isinstance(category, (str, bytes)) or not isinstance(category, Sequence):
@@ -381,6 +409,20 @@ def _categories(category: Tensor | Sequence[Hashable] | None, pairs: Tensor) -> 
     places: dict[Hashable, int] = {}
     numbers = [places.setdefault(name, len(places)) for name in category]
     return torch.tensor(numbers, dtype=torch.int64, device=pairs.device), list(places)
+
+
+def _integer_categories(category: Tensor) -> tuple[Tensor, list[Hashable]]:
+    if category.numel() == 0 or category.dtype == torch.bool:
+        values, codes = category.unique(return_inverse=True)
+        return codes, values.tolist()
+    low, high = (int(x) for x in category.aminmax())
+    if high - low > max(category.numel(), 1 << 16):
+        values, codes = category.unique(return_inverse=True)
+        return codes, values.tolist()
+    place = category.to(torch.int64) - low  # a tenth of the time of unique(), which sorts
+    present = torch.zeros(high - low + 1, dtype=torch.bool, device=category.device)
+    present[place] = True
+    return (present.cumsum(0) - 1)[place], (present.nonzero().squeeze(1) + low).tolist()
 
 
 def _evaluations(table: Tensor) -> list[PreferenceEvaluation]:
@@ -405,7 +447,7 @@ def _evaluations(table: Tensor) -> list[PreferenceEvaluation]:
     means = ((cells[name][:, :bins] / inside).unbind(0) for name in ("confidence", "right"))
     points = zip(inside.unbind(0), *means, strict=True)
     return [
-        PreferenceEvaluation(*numbers, CalibrationBins(edges, *point))
+        PreferenceEvaluation(*numbers, calibration=CalibrationBins(edges, *point))
         for *numbers, point in zip(*(x.unbind(0) for x in figures), points, strict=True)
     ]
 

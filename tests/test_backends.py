@@ -33,11 +33,16 @@ import pyalign
 from pyalign import (
     _backends,
     _ops,
+    best_of_n,
     distillation_loss,
+    expected_win_rates,
+    preference_metrics,
+    reward_scores,
     sequence_logprobs,
     token_logprobs,
     topk_distillation_loss,
     topk_logprobs,
+    win_probabilities,
 )
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -438,6 +443,7 @@ def train(student: Tensor, teacher: Tensor) -> None:
                 assert leaf.grad is not None
                 assert leaf.grad.shape == student.shape
     train_logprobs(student)
+    train_scores(student)
 
 
 def train_logprobs(logits: Tensor) -> None:
@@ -453,6 +459,27 @@ def train_logprobs(logits: Tensor) -> None:
         loss.backward()
         assert leaf.grad is not None
         assert leaf.grad.shape == logits.shape
+
+
+def train_scores(hidden: Tensor) -> None:
+    """Forward and backward of what reads and compares scores; packed groups are padded in plain torch, to a size that
+    the host reads, and packed matrices have it from the host anywhere."""
+    device = hidden.device
+    offsets, mask = torch.tensor([0, 2, 2, 6], device=device), torch.arange(6, device=device).view(2, 3) % 3
+    leaf, head = hidden.detach().requires_grad_(), torch.ones(2, 31, device=device, requires_grad=True)
+    padded = reward_scores(leaf, head, head_bias=head[:, 0], mask=mask)
+    if device.type == "meta":
+        rates = padded.sum()
+    else:
+        packed = reward_scores(leaf.view(6, 31), head[0], offsets=offsets)
+        rates = expected_win_rates(leaf[0, 0, :6], offsets).sum() + packed.sum()
+        assert best_of_n(leaf[0, 0, :6], offsets).shape == (3,)
+    loss = win_probabilities(padded, scale=0.5).sum() + expected_win_rates(padded).sum() + rates
+    metrics = preference_metrics(leaf[0, 0], leaf[0, 1], margin=leaf[1, 0].detach(), weight=leaf[1, 1].detach())
+    assert best_of_n(padded).shape == metrics.calibration.weight[:2].shape
+    loss.backward()
+    assert leaf.grad is not None
+    assert head.grad is not None
 
 
 def test_plain_torch_reads_no_number_back_on_a_device():

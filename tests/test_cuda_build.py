@@ -55,6 +55,14 @@ LIMITS = {
     "pair_items": Limit(TYPES, threads=512, blocks=2, static_shared=256),
     "rank_groups": Limit(TYPES, threads=256, blocks=4, static_shared=3584),
     "scale_scores": Limit(TYPES, threads=256, blocks=8),
+    "reward_heads": Limit(TYPES, threads=256, blocks=4, static_shared=512),
+    "reward_rows": Limit(TYPES, threads=256, blocks=4),
+    "reward_columns": Limit(TYPES, threads=256, blocks=4, static_shared=2048),
+    "reward_bias": Limit(1, threads=256, blocks=4, static_shared=256),
+    "win_matrix": Limit(TYPES, threads=256, blocks=4),
+    "win_sums": Limit(3 * TYPES, threads=256, blocks=4),  # rates, their gradient, the matrix's
+    "best_scores": Limit(TYPES, threads=256, blocks=4),
+    "pair_metrics": Limit(TYPES, threads=256, blocks=4, static_shared=24576),
     "count_tokens": Limit(1, threads=1024, blocks=1, static_shared=256),
     "sum_losses": Limit(1, threads=1024, blocks=1, static_shared=256),
 }
@@ -193,7 +201,7 @@ def test_template_instances_are_as_few_as_stated(build: Callable[[str], list[Bui
 def test_rows_move_in_16_bytes_and_nothing_goes_to_local_memory(
     build: Callable[[str], list[Built]], target: str
 ) -> None:
-    loads = {"distill_rows", "logprob_rows", "topk_rows", "topk_distill_rows", "scale_rows"}
+    loads = {"distill_rows", "logprob_rows", "topk_rows", "topk_distill_rows", "scale_rows", "reward_heads"}
     stores = {"distill_rows", "distill_clusters", "topk_distill_rows", "scale_rows"}
     for built in build(target):
         if not built.report:

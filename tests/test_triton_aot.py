@@ -24,9 +24,12 @@ from torch import Tensor
 
 from pyalign._types import (
     DIVERGENCES,
+    GROUP_OPS,
     PAIR_LOSSES,
     RANK_METHODS,
     TAILS,
+    MetricOptions,
+    MetricTensors,
     Options,
     PairTensors,
     RankOptions,
@@ -54,6 +57,12 @@ KERNELS = {
     "gradient_kernel",
     "logprob_kernel",
     "group_gradient_kernel",
+    "reward_kernel",
+    "reward_rows_kernel",
+    "reward_columns_kernel",
+    "group_kernel",
+    "best_kernel",
+    "metrics_kernel",
 }
 
 
@@ -178,6 +187,42 @@ def cross_entropy(dtype: str, out: str, full: bool = False) -> None:
     engine.cross_entropy(x, targets, -100, *options, x if out == dtype else logits(out))
 
 
+def reward_scores(dtype: str, packed: bool, width: int = 4096) -> None:
+    from pyalign.kernels import scoring as engine
+
+    hidden = torch.zeros((64, width) if packed else (8, 16, width), dtype=DTYPES[dtype])
+    head, bias = torch.zeros(2, width), torch.zeros(2)
+    offsets, mask = torch.zeros(9, dtype=torch.int64), torch.ones(8, 16, dtype=torch.bool)
+    engine.reward_scores(hidden, head, bias, offsets if packed else None, None if packed else mask)
+
+
+def reward_gradient(dtype: str, width: int = 4096) -> None:
+    from pyalign.kernels import scoring as engine
+
+    hidden, head, last = torch.zeros(64, width, dtype=DTYPES[dtype]), torch.zeros(2, width), torch.arange(8)
+    engine.reward_gradient(torch.zeros(8, 2), last, hidden, head, 64, DTYPES[dtype], True)
+
+
+def score_groups(op: str, dtype: str, size: int | None = None) -> None:
+    from pyalign.kernels import scoring as engine
+
+    x = torch.zeros((4096,) if size is None else (8, size), dtype=DTYPES[dtype])
+    offsets = torch.zeros(9, dtype=torch.int64) if size is None else None
+    result = torch.zeros(
+        1, dtype=torch.int64 if op == "best_of_n" else DTYPES[dtype if "gradient" in op else "float32"]
+    )
+    upstream = torch.zeros(1) if "gradient" in op else None
+    engine.score_groups(op, x, offsets, offsets if "probabilities" in op else None, upstream, 1.0, result)
+
+
+def preference_metrics(dtype: str, full: bool = False) -> None:
+    from pyalign.kernels import scoring as engine
+
+    x, number, mask = torch.zeros(4096, dtype=DTYPES[dtype]), torch.zeros(4096), torch.ones(4096, dtype=torch.bool)
+    tensors = MetricTensors(number, number, mask, torch.zeros(4096, dtype=torch.int64)) if full else MetricTensors()
+    engine.preference_metrics(x, x, tensors, MetricOptions(3 if full else 1, 10, 1.0, 0.0))
+
+
 def cases(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """Calls of engine functions, each under a name."""
     for divergence in DIVERGENCES:
@@ -207,6 +252,14 @@ def cases(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "cross_entropy", lambda: cross_entropy("bfloat16", "bfloat16")
     yield "cross_entropy narrowed", lambda: cross_entropy("float32", "bfloat16")
     yield "cross_entropy full", lambda: cross_entropy("float32", "bfloat16", full=True)
+    yield "reward_scores", lambda: reward_scores("bfloat16", packed=False)
+    yield "reward_scores packed", lambda: reward_scores("float32", packed=True)
+    yield "reward_gradient", lambda: reward_gradient("bfloat16")
+    for op in GROUP_OPS:
+        yield op, lambda o=op: score_groups(o, "bfloat16", 16)
+        yield f"{op} packed", lambda o=op: score_groups(o, "float32")
+    yield "preference_metrics", lambda: preference_metrics("float32")
+    yield "preference_metrics full", lambda: preference_metrics("bfloat16", full=True)
     if not everything:
         return
     for dtype, divergence, full in product(DTYPES, DIVERGENCES, (False, True)):
@@ -224,6 +277,14 @@ def cases(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"pair_loss {form} {dtype} full", lambda a=(form, dtype): pair_loss(*a, full=True)
     for dtype, method, size in product(DTYPES, RANK_METHODS, (4, 4096, None)):
         yield f"ranked_loss {method} {size} {dtype} full", lambda a=(method, dtype, size): ranked_loss(*a, full=True)
+    for dtype, width in product(DTYPES, (64, 577, 4096)):
+        yield f"reward_scores {width} {dtype}", lambda a=(dtype, True, width): reward_scores(*a)
+        yield f"reward_scores padded {width} {dtype}", lambda a=(dtype, False, width): reward_scores(*a)
+        yield f"reward_gradient {width} {dtype}", lambda a=(dtype, width): reward_gradient(*a)
+    for dtype, op, size in product(DTYPES, GROUP_OPS, (4, 4096, None)):
+        yield f"{op} {size} {dtype}", lambda a=(op, dtype, size): score_groups(*a)
+    for dtype, full in product(DTYPES, (False, True)):
+        yield f"preference_metrics {dtype} {full}", lambda a=(dtype, full): preference_metrics(*a)
     for dtype, vocab, softcap in product(DTYPES, (4096, 50257, 128256), (None, 30.0)):
         yield f"logprob {vocab} {softcap} {dtype}", lambda a=(dtype, vocab, softcap): logprob(*a)
         yield f"logprob_gradient {vocab} {softcap} {dtype}", lambda a=(dtype, vocab, softcap): logprob_gradient(*a)
@@ -243,6 +304,7 @@ def compile_kernel(kernel: Any, warps: int, arguments: dict[str, Any], target: A
         torch.int64: "*i64",
         torch.int32: "*i32",
         torch.uint8: "*u8",
+        torch.float64: "*fp64",
     }
     constants = {p.name for p in kernel.params if p.is_constexpr}
     signature: dict[str, str] = {}
@@ -298,7 +360,7 @@ def accesses(compiled: Any) -> dict[str, int]:
 
 def report(everything: bool) -> list[dict[str, Any]]:
     """Compiles all kernels of all cases for all targets, each once."""
-    from pyalign.kernels import common, logprob, ranking
+    from pyalign.kernels import common, logprob, ranking, scoring
     from pyalign.kernels import distill as engine
     from triton.backends.compiler import GPUTarget
 
@@ -308,7 +370,7 @@ def report(everything: bool) -> list[dict[str, Any]]:
     def record(kernel: Any, programs: int, warps: int, **arguments: Any) -> None:
         launches.append((kernel, warps, arguments))
 
-    for module in (common, engine, ranking, logprob):
+    for module in (common, engine, ranking, logprob, scoring):
         module.launch = record
     for name, (backend, architecture, warp_size) in TARGETS.items():
         engine.warp_size = logprob.warp_size = lambda device, size=warp_size: size

@@ -7,6 +7,7 @@
 #include "common/distill_args.h"
 #include "common/logprob_args.h"
 #include "common/ranking_args.h"
+#include "common/scoring_args.h"
 
 namespace pyalign::cpu {
 
@@ -29,6 +30,12 @@ void logprob(const LogprobArgs& args, int threads);
 void pair_loss(const PairArgs& args, int threads);
 void ranked_loss(const RankArgs& args, int threads);
 void score_gradient(const ScoreGradientArgs& args, int threads);
+
+// The first and the third throw std::invalid_argument for offsets that don't cut what they say into parts.
+void reward_scores(const RewardArgs& args, int threads);
+void reward_gradient(const RewardGradientArgs& args, int threads);
+void score_groups(const GroupArgs& args, int threads);
+void preference_metrics(const MetricArgs& args, int threads);
 
 // The instruction set that was chosen for this machine (or by PYALIGN_CPU_ISA), and those compiled in.
 std::string isa();

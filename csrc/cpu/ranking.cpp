@@ -2,61 +2,19 @@
 // alone.
 #include <algorithm>
 #include <memory>
-#include <stdexcept>
-#include <string>
 #include <utility>
 #include <vector>
 
 #include "cpu/cpu.h"
-#include "cpu/kernels.h"
+#include "cpu/offsets.h"
 #include "cpu/parallel.h"
 #include "cpu/ranking_kernels.h"
+#include "cpu/tables.h"
 
-namespace pyalign {
-#if defined(PYALIGN_HAVE_NEON)
-namespace neon {
-extern const cpu::RankingKernels kRankingKernels;
-}
-#else
-namespace baseline {
-extern const cpu::RankingKernels kRankingKernels;
-}
-#endif
-#if defined(PYALIGN_HAVE_AVX2)
-namespace avx2 {
-extern const cpu::RankingKernels kRankingKernels;
-}
-#endif
-#if defined(PYALIGN_HAVE_AVX512)
-namespace avx512 {
-extern const cpu::RankingKernels kRankingKernels;
-}
-#endif
-}  // namespace pyalign
+PYALIGN_TABLES(RankingKernels, kRankingKernels, ranking_kernels)
 
 namespace pyalign::cpu {
 namespace {
-
-// The table of the instruction set that was chosen for all kernels.
-const RankingKernels& choose() {
-    const std::string isa = kernels().isa;
-#if defined(PYALIGN_HAVE_AVX512)
-    if (isa == avx512::kRankingKernels.isa) return avx512::kRankingKernels;
-#endif
-#if defined(PYALIGN_HAVE_AVX2)
-    if (isa == avx2::kRankingKernels.isa) return avx2::kRankingKernels;
-#endif
-#if defined(PYALIGN_HAVE_NEON)
-    return neon::kRankingKernels;
-#else
-    return baseline::kRankingKernels;
-#endif
-}
-
-const RankingKernels& ranking_kernels() {
-    static const RankingKernels& chosen = choose();
-    return chosen;
-}
 
 double read(const void* data, Dtype dtype) {
     return dtype == Dtype::kFloat64 ? *static_cast<const double*>(data)
@@ -81,19 +39,6 @@ void finish(const Args& args, LossSum sum) {
 }
 
 // ---- Groups ----
-
-void check_offsets(const RankArgs& args) {
-    const auto refuse = [](int64_t place, int64_t value, const std::string& wanted) {
-        throw std::invalid_argument("group_offsets: entry " + std::to_string(place) + " is " + std::to_string(value) +
-                                    "; wanted " + wanted);
-    };
-    if (args.offsets[0] != 0) refuse(0, args.offsets[0], "0");
-    for (int64_t g = 0; g < args.groups; ++g)
-        if (args.offsets[g + 1] < args.offsets[g])
-            refuse(g + 1, args.offsets[g + 1], "no less than the one before it, " + std::to_string(args.offsets[g]));
-    if (args.offsets[args.groups] != args.count)
-        refuse(args.groups, args.offsets[args.groups], std::to_string(args.count) + ", the number of scores");
-}
 
 int64_t size_of_group(const RankArgs& args, int64_t group) {
     return args.offsets ? args.offsets[group + 1] - args.offsets[group] : args.size;
@@ -169,7 +114,7 @@ void pair_loss(const PairArgs& args, int threads) {
 }
 
 void ranked_loss(const RankArgs& args, int threads) {
-    if (args.offsets) check_offsets(args);
+    if (args.offsets) check_offsets(args.offsets, args.groups, args.count, "group_offsets", "the number of scores");
 
     // Pieces of about equal work; the groups that threads share come afterwards, one by one.
     constexpr int64_t kWork = 16384;

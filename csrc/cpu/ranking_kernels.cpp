@@ -402,34 +402,19 @@ void rank_groups_of(const RankArgs& a, int64_t begin, int64_t end, std::byte* sc
     }
 }
 
-template <class Body>
-void with_scores(Dtype dtype, Body body) {
-    switch (dtype) {
-        case Dtype::kFloat32: return body(float{});
-        case Dtype::kBFloat16: return body(BFloat16{});
-        case Dtype::kFloat16: return body(Float16{});
-        case Dtype::kFloat64: return body(double{});
-    }
-}
-
 void rank_groups(const RankArgs& args, int64_t begin, int64_t end, std::byte* scratch, LossSum* results) {
-    with_scores(args.dtype, [&](auto type) { rank_groups_of<decltype(type)>(args, begin, end, scratch, results); });
+    with_element(args.dtype, [&](auto type) { rank_groups_of<decltype(type)>(args, begin, end, scratch, results); });
 }
 
 void open_group(const RankArgs& args, int64_t index, std::byte* scratch, Group& group) {
-    with_scores(args.dtype, [&](auto type) { open_group_of<decltype(type)>(args, index, scratch, group); });
+    with_element(args.dtype, [&](auto type) { open_group_of<decltype(type)>(args, index, scratch, group); });
 }
 
 void close_group(const RankArgs& args, const Group& group, LossSum& result) {
-    with_scores(args.dtype, [&](auto type) { close_group_of<decltype(type)>(args, group, result); });
+    with_element(args.dtype, [&](auto type) { close_group_of<decltype(type)>(args, group, result); });
 }
 
 // ---- Backward ----
-
-BFloat16 round_to(float x, BFloat16) { return {float_to_bfloat16(x)}; }
-Float16 round_to(float x, Float16) { return {float_to_float16(x)}; }
-float round_to(float x, float) { return x; }
-double round_to(double x, double) { return x; }
 
 template <class T, class F = ValueOf<T>>
 void multiply(const F* gradient, int64_t count, F factor, T* result) {
@@ -462,7 +447,7 @@ void score_gradient_of(const ScoreGradientArgs& a, int64_t begin, int64_t end) {
 }
 
 void score_gradient(const ScoreGradientArgs& args, int64_t begin, int64_t end) {
-    with_scores(args.dtype, [&](auto type) { score_gradient_of<decltype(type)>(args, begin, end); });
+    with_element(args.dtype, [&](auto type) { score_gradient_of<decltype(type)>(args, begin, end); });
 }
 
 }  // namespace

@@ -73,6 +73,22 @@ struct DtypeOf<Float16> {
     static constexpr Dtype value = Dtype::kFloat16;
 };
 
+PYALIGN_HD float round_to(float x, float) { return x; }
+PYALIGN_HD double round_to(double x, double) { return x; }
+PYALIGN_HD BFloat16 round_to(float x, BFloat16) { return {float_to_bfloat16(x)}; }
+PYALIGN_HD Float16 round_to(float x, Float16) { return {float_to_float16(x)}; }
+
+// Calls body(T{}) for the elements' type.
+template <class Body>
+void with_element(Dtype dtype, Body body) {
+    switch (dtype) {
+        case Dtype::kFloat32: return body(float{});
+        case Dtype::kBFloat16: return body(BFloat16{});
+        case Dtype::kFloat16: return body(Float16{});
+        case Dtype::kFloat64: return body(double{});
+    }
+}
+
 template <class T>
 PYALIGN_HD ValueOf<T> max_of(const T* x, int64_t count) {
     using F = ValueOf<T>;

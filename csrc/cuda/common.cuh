@@ -327,6 +327,18 @@ __device__ __forceinline__ Softmax<float> warp_merge(Softmax<float> state, float
     return {max, warp_sum(__fmul_rn(state.sum, rescale(state.max, max, inverse_temperature)))};
 }
 
+// The block's sum in every thread. `slots` [32] is free again after the next barrier.
+template <class N>
+__device__ N block_sum(N x, N* slots) {
+    for (int lane = kWarp / 2; lane > 0; lane /= 2) x += __shfl_down_sync(~0u, x, lane);
+    __syncthreads();
+    if (threadIdx.x % kWarp == 0) slots[threadIdx.x / kWarp] = x;
+    __syncthreads();
+    N sum = 0;
+    for (int warp = 0; warp < int(blockDim.x) / kWarp; ++warp) sum += slots[warp];
+    return sum;
+}
+
 // The threads of one block, merging a state: merger(a, b) joins two, merger.warp(a) a warp's 32. Two sets of slots take
 // turns: whoever writes a set has passed the barrier of the merge between, and so have all readers of what it held.
 struct BlockTeam {

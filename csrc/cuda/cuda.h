@@ -13,6 +13,7 @@
 #include "common/distill_args.h"
 #include "common/logprob_args.h"
 #include "common/ranking_args.h"
+#include "common/scoring_args.h"
 
 namespace pyalign::cuda {
 
@@ -38,6 +39,12 @@ void logprob(const LogprobArgs& args, cudaStream_t stream);
 void pair_loss(const PairArgs& args, cudaStream_t stream);
 void ranked_loss(const RankArgs& args, cudaStream_t stream);
 void score_gradient(const ScoreGradientArgs& args, cudaStream_t stream);
+
+// Offsets are trusted. The metrics come as a table for each of args.pieces.
+void reward_scores(const RewardArgs& args, cudaStream_t stream);
+void reward_gradient(const RewardGradientArgs& args, cudaStream_t stream);
+void score_groups(const GroupArgs& args, cudaStream_t stream);
+void preference_metrics(const MetricArgs& args, cudaStream_t stream);
 
 // Which kernel `distill` runs for rows of this length on this device, and how it is laid out there.
 std::string explain_distill(int64_t vocab, Dtype dtype, int device);

@@ -15,18 +15,6 @@ namespace {
 constexpr int kItemThreads = 512, kGroupThreads = 256, kElementThreads = 256;
 constexpr float kLowestFloat = std::numeric_limits<float>::lowest();
 
-// The block's sum in every thread. `slots` [32] is free again after the next barrier.
-template <class N>
-__device__ N block_sum(N x, N* slots) {
-    for (int lane = kWarp / 2; lane > 0; lane /= 2) x += __shfl_down_sync(~0u, x, lane);
-    __syncthreads();
-    if (threadIdx.x % kWarp == 0) slots[threadIdx.x / kWarp] = x;
-    __syncthreads();
-    N sum = 0;
-    for (int warp = 0; warp < int(blockDim.x) / kWarp; ++warp) sum += slots[warp];
-    return sum;
-}
-
 __device__ __forceinline__ void write_result(float* loss, float* denominator, Reduction reduction,
                                              const float* num_items, double sum, double count) {
     const float counted = num_items ? *num_items : static_cast<float>(count);

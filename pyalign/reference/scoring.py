@@ -40,11 +40,9 @@ def reward_scores(
     flat = hidden.reshape(-1, hidden.shape[-1])
     rows = last_rows(flat.shape[0], 0 if hidden.dim() == 2 else hidden.shape[1], offsets, mask, hidden)
     there = (rows >= 0)[:, None]
-    if flat.shape[0] == 0:  # no row to index
-        x = flat.sum() + flat.new_zeros(rows.shape[0], hidden.shape[-1])
-    else:
-        x = flat[rows.clamp(min=0)]
-    scores = torch.where(there, x.to(head.dtype), 0.0) @ head.T
+    if flat.shape[0] == 0:  # where there would be no row 0 to index
+        flat = torch.cat([flat, flat.new_zeros(1, flat.shape[1])])
+    scores = torch.where(there, flat[rows.clamp(min=0)].to(head.dtype), 0.0) @ head.T
     if bias is not None:
         scores = scores + bias
     return torch.where(there, scores, math.nan)
