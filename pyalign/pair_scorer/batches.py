@@ -5,9 +5,9 @@ A row holds a prompt once and the responses to it one after the other,
     [ prompt | response A | response B | ... ]      positions 0 .. p-1, p .. , p .. , ...
 
 each response reading the prompt and itself (a tree attention mask): what a causal model computes for it is what it
-computes for prompt + response alone. The mask costs little beside a plain causal one (4 % of the time of a model of 135 M
-parameters on two cores, rows of 180 tokens), and unlike a cache of the prompt's keys and values it needs one pass of the
-model and no padding between prompts and responses.
+computes for prompt + response alone. The mask costs little beside a plain causal one (4 % of the time of a model of
+135 M parameters on two cores, rows of 180 tokens), and unlike a cache of the prompt's keys and values it needs one pass
+of the model and no padding between prompts and responses.
 """
 
 from __future__ import annotations
