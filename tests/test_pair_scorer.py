@@ -199,7 +199,7 @@ def test_only_tokens_that_count_meet_the_head_and_the_prompt_is_computed_once(mo
     monkeypatch.setattr(
         models, "linear_token_logprobs", lambda hidden, *a, **kw: read.append(len(hidden)) or head(hidden, *a, **kw)
     )
-    found._verified = True  # which scores a group once more
+    monkeypatch.setattr(found, "_verify", lambda *_: None)  # which reads a group once more
     items = [ResponseSet("a long prompt " * 3, ("yes", "no", "perhaps"))]
     copies = []
     monkeypatch.setattr(scorer, "_Copy", lambda x: copies.append(x) or Copy(x))
@@ -224,8 +224,25 @@ def test_rows_that_are_read_in_another_way_are_noticed(monkeypatch: pytest.Monke
     assert not found.shares_prefix
     assert "tried out, it reads such rows in another way" in found.notes[0]
     monkeypatch.setattr(models._Probe, "_reads_rows", lambda *_: True)
-    with pytest.raises(JobError, match=r"gives other scores than each of them read whole .*--no-share-prefix"):
+    with pytest.raises(JobError, match=r"is read in another way when they share it .*--no-share-prefix"):
         PairScorer(model, tokenizer)(ITEMS)
+
+
+def test_windows_that_no_configuration_tells_of_are_noticed():
+    """GPT-Neo's local layers count the tokens of a row, which makes a difference in long rows alone."""
+    config = transformers.GPTNeoConfig(
+        vocab_size=270, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+        window_size=48, max_position_embeddings=256,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, tokenizer = transformers.GPTNeoForCausalLM(config).double(), make_tokenizer()
+    found = PairScorer(model, tokenizer)
+    assert found.shares_prefix
+    items = [ResponseSet("a" * 10, ("b" * 5, "c" * 6)), ResponseSet("ab" * 14, ("b" * 18, "c" * 18))]
+    expected = loop(model, tokenizer, items, "mean_logprob")
+    torch.testing.assert_close(flat(found(items[:1])), expected[:2], rtol=1e-6, atol=0)
+    with pytest.raises(JobError, match="is read in another way"):
+        found(items[1:])
 
 
 def test_attention_that_takes_no_mask_is_not_given_one():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pyalign._models import is_plain_linear
 from pyalign._options import JobError, OptionError
-from pyalign.logprob import linear_token_logprobs, sequence_logprobs, token_logprobs
+from pyalign.logprob import linear_token_logprobs, token_logprobs
 from pyalign.pair_scorer.batches import BatchTensors, Sharing, collate, make_batches, tree_mask
 from pyalign.pair_scorer.tokens import TokenGroup
 from pyalign.scoring import reward_scores
@@ -63,14 +63,15 @@ class _Head:
 
 @dataclass
 class ScoringModel:
-    """A model and how it scores sequences."""
+    """A model and how its sequences are read."""
 
     model: Any
     padding: int
     sharing: Sharing = field(default_factory=lambda: Sharing(False))
     notes: list[str] = field(default_factory=list)
     singly: bool = False  # it reads batches of one sequence alone
-    counts = True  # its scores come from tokens, not from the last one
+    counts = True  # its scores come from the tokens that count, not from the last one
+    _body: _Body = field(init=False)
 
     @property
     def device(self) -> torch.device:
@@ -85,44 +86,39 @@ class ScoringModel:
         """How many tokens the model reads at most, if it says so."""
         return _context(_config(self.model))
 
-    def scores(self, batch: BatchTensors) -> Tensor:
-        """(N,) of the batch's sequences, on its device."""
-        raise NotImplementedError
+    def rows(self, batch: BatchTensors) -> Tensor:
+        """What the head reads of the batch: (R, H), or (N, H) where scores come from last tokens."""
+        where = batch.rows if self.counts else batch.last
+        return self._body(batch).flatten(0, 1).index_select(0, where)
 
-    def verify(self, groups: list[TokenGroup]) -> None:
-        """Score the first group that shares a row in both ways.
+    @torch.inference_mode()
+    def verify(self, group: TokenGroup) -> None:
+        """Read ``group``, whose sequences share a row, in both ways.
 
         Raises:
             JobError: they differ.
         """
-        budget = sum(len(s) for group in groups for s in group.sequences)
-        for group in groups:
-            batches = [] if group.dropped else make_batches([group], budget, self.sharing)
-            if not any(len(row.members) > 1 for batch in batches for row in batch.rows):
-                continue
-            both = [self._scores([group], sharing) for sharing in (self.sharing, Sharing(False, alone=0))]
-            error, tolerance = _distance(*both), TOLERANCE[self.dtype]
-            if not error <= tolerance:
-                raise JobError(
-                    f"a prompt shared by its responses gives other scores than each of them read whole (off by "
-                    f"{error:.1g} of the largest, more than {tolerance:.0e}); share_prefix=False (--no-share-prefix) "
-                    "reads them whole"
-                )
-            return
+        both = [self._rows_in_order(group, sharing) for sharing in (self.sharing, Sharing(False, alone=0))]
+        error, tolerance = _distance(*both), TOLERANCE[self.dtype]
+        if not error <= tolerance:
+            raise JobError(
+                f"a prompt of {len(group.sequences)} responses, up to {max(map(len, group.sequences))} tokens, is read "
+                f"in another way when they share it (off by {error:.1g} of the largest value, more than "
+                f"{tolerance:.0e}); share_prefix=False (--no-share-prefix) reads each of them whole"
+            )
 
-    def _scores(self, groups: list[TokenGroup], sharing: Sharing) -> Tensor:
-        """(N,) of all sequences of ``groups`` in order, one batch at a time."""
-        batches = make_batches(groups, 1 << 30, sharing)
+    def _rows_in_order(self, group: TokenGroup, sharing: Sharing) -> Tensor:
+        """The rows of the sequences of ``group``, one after the other."""
         found: dict[tuple[int, int], Tensor] = {}
-        with torch.inference_mode():
-            for batch in batches:
-                tensors = collate(batch, groups, padding=self.padding, count=self.counts).to(self.device)
-                found |= zip(batch.sequences, self.scores(tensors), strict=True)
-        return torch.stack([found[key] for key in sorted(found)])
+        for batch in make_batches([group], 1 << 30, sharing):
+            tensors = collate(batch, [group], padding=self.padding, count=self.counts).to(self.device)
+            counts = [group.counts[m] if self.counts else 1 for _, m in batch.sequences]
+            found |= zip(batch.sequences, self.rows(tensors).split(counts), strict=True)
+        return torch.cat([found[key] for key in sorted(found)])
 
 
 class CausalScorer(ScoringModel):
-    """Log-probs of the tokens that count, summed per sequence.
+    """Log-probs of the tokens that count.
 
     Raises:
         OptionError: the model is no causal language model.
@@ -157,16 +153,12 @@ class CausalScorer(ScoringModel):
 
     def token_logprobs(self, batch: BatchTensors) -> Tensor:
         """(R,) of the tokens that count."""
-        rows = self._body(batch).flatten(0, 1).index_select(0, batch.rows)
-        head = self._head
+        rows, head = self.rows(batch), self._head
         if head is None:
             return token_logprobs(rows, batch.targets)
         return linear_token_logprobs(
             rows, head.weight, batch.targets, bias=head.bias, temperature=head.temperature, softcap=head.softcap
         )
-
-    def scores(self, batch: BatchTensors) -> Tensor:
-        return sequence_logprobs(self.token_logprobs(batch), offsets=batch.offsets)
 
 
 class RewardScorer(ScoringModel):
@@ -221,10 +213,11 @@ class RewardScorer(ScoringModel):
         return None
 
     def scores(self, batch: BatchTensors) -> Tensor:
+        """(N,) of the batch's sequences, on its device."""
         if self._head is None:
             outputs: Tensor = self.model(input_ids=batch.input_ids, attention_mask=batch.mask.long()).logits
             return outputs[:, self._label].to(torch.promote_types(outputs.dtype, torch.float32))
-        rows = self._body(batch).flatten(0, 1).index_select(0, batch.last)
+        rows = self.rows(batch)
         offsets = torch.arange(rows.shape[0] + 1, device=rows.device)
         return reward_scores(rows, self._head.weight, head_bias=self._head.bias, offsets=offsets)
 

@@ -183,20 +183,15 @@ class PairScorer:
         self.tokenizer = tokenizer
         self._sharing = _common_sharing(self._models)
         self._encoder = Encoder(tokenizer, self.options, specials=reward)
-        self._verified = not self._sharing.allowed
+        self._verified = 0  # length of the longest shared row that was tried out
 
     def _add_reference(
         self, reference: Any, tokenizer: Any, loading: dict[str, Any], padding: int, share_prefix: bool
     ) -> None:
-        gave_path = isinstance(reference, (str, Path))
-        loading = loading if gave_path else {"gguf_file": None, "dtype": None, "device": None}
-        loaded, own, digest = _load(
-            "reference",
-            reference,
-            None if gave_path else tokenizer,
-            "AutoModelForCausalLM",
-            {**loading, "gguf_file": None},
-        )
+        from_path = isinstance(reference, (str, Path))
+        loading = {**loading, "gguf_file": None} if from_path else dict.fromkeys(loading)
+        own_tokenizer = None if from_path else tokenizer
+        loaded, own, digest = _load("reference", reference, own_tokenizer, "AutoModelForCausalLM", loading)
         if tokenizer_digest(own) != self.digests["tokenizer"]:
             raise OptionError("reference", f"got {reference} with another tokenizer; wanted the model's")
         self._reference = CausalScorer(loaded, padding=padding, share_prefix=share_prefix)
@@ -304,13 +299,13 @@ class PairScorer:
         On a GPU a batch is read back while the next one is computed.
 
         Raises:
-            JobError: a shared prompt gives other scores than whole sequences, on the first batch that has one.
+            JobError: a prompt is read in another way when it is shared; each row longer than all before is tried out.
         """
         waiting: list[tuple[Window, int, _Copy]] = []
         for window, index, tensors in prefetched(work, self.prefetch):
             copy = None
             if tensors is not None:
-                self._verify(window, tensors)
+                self._verify(window, index)
                 with torch.inference_mode():
                     copy = _Copy(self._scores(tensors.to(self.device)))
             if waiting:
@@ -325,11 +320,15 @@ class PairScorer:
         for done in waiting:
             yield done[0], done[1], done[2].read()
 
-    def _verify(self, window: Window, tensors: BatchTensors) -> None:
-        if not self._verified and tensors.segments is not None:
+    def _verify(self, window: Window, index: int) -> None:
+        """Try out a shared row that is longer than all before: what differs may show beyond a certain length alone."""
+        null, batch = window.batches[index]
+        longest = next((row for row in batch.rows if len(row.members) > 1), None)
+        if longest is not None and longest.length > self._verified:
+            group = (window.nulls if null else window.groups)[longest.group]
             for model in self._models:
-                model.verify(window.groups + window.nulls)
-            self._verified = True
+                model.verify(group)
+            self._verified = longest.length
 
     def _scores(self, batch: BatchTensors) -> Tensor:
         """(N,) on the device."""
