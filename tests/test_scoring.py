@@ -270,6 +270,19 @@ def test_scores_have_the_same_bits_in_every_batch(
             assert torch.equal(read(hidden, offsets=offsets), expected)
 
 
+@every_engine
+def test_autocast_leaves_the_head_in_float32(engine: Engine):
+    hidden, weight = on(engine, normal(20, 70)), on(engine, normal(2, 70, seed=1))
+    with engine():
+        plain = evaluate(reward_scores, hidden, weight, offsets=on(engine, OFFSETS))
+        leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+        with torch.autocast(engine.device, torch.bfloat16):
+            result = reward_scores(*leaves, offsets=on(engine, OFFSETS))
+        gradients = torch.autograd.grad(result, leaves, torch.ones_like(result))
+    assert torch.equal(result.nan_to_num(), plain.loss.nan_to_num())
+    assert all(torch.equal(a, b) for a, b in zip(gradients, plain.gradients, strict=True))
+
+
 # ---- Identities ----
 
 

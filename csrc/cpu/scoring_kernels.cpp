@@ -187,6 +187,8 @@ void win_rows(const GroupArgs& a, const GroupPart& part, std::byte* scratch) {
 
 constexpr int64_t kRun = 16;  // opponents that are added up in F, before double
 
+static_assert(kLanes == kStrip);
+
 // Up to kLanes rows from `first` on, side by side in lanes: lane l's adds term(win, l, j) for every opponent j, in
 // their order, and ends with finish(row, sum).
 template <class F, class Term, class Finish>
@@ -259,6 +261,13 @@ void add_matrix_gradient(const F* x /* [n] and kLanes more */, const F* u /* [n,
 }
 
 template <class T>
+void finish_gradient(const GroupArgs& a, int64_t group, const double* gradient) {
+    const Range range = range_of(a, group);
+    T* const to = static_cast<T*>(a.result) + range.begin;
+    for (int64_t i = 0; i < range.size; ++i) to[i] = round_to(ValueOf<T>(a.scale * gradient[i]), T{});
+}
+
+template <class T>
 void matrix_gradients(const GroupArgs& a, const GroupPart& part, std::byte* scratch, double* gradient) {
     using F = ValueOf<T>;
     for (int64_t group = part.begin; group < part.end; ++group) {
@@ -272,16 +281,8 @@ void matrix_gradients(const GroupArgs& a, const GroupPart& part, std::byte* scra
         for (int64_t i = n; i < n + kLanes; ++i) x[i] = F(0);
         std::memset(sums, 0, static_cast<size_t>(n) * sizeof(double));
         add_matrix_gradient<F>(x, upstream, n, F(a.scale), part.first, last, tile, sums);
-        T* const to = static_cast<T*>(a.result) + range.begin;
-        for (int64_t i = 0; !gradient && i < n; ++i) to[i] = round_to(F(a.scale * sums[i]), T{});
+        if (!gradient) finish_gradient<T>(a, group, sums);
     }
-}
-
-template <class T>
-void finish_gradient(const GroupArgs& a, int64_t group, const double* gradient) {
-    const Range range = range_of(a, group);
-    T* const to = static_cast<T*>(a.result) + range.begin;
-    for (int64_t i = 0; i < range.size; ++i) to[i] = round_to(ValueOf<T>(a.scale * gradient[i]), T{});
 }
 
 void matrix_gradient(const GroupArgs& args, const GroupPart& part, std::byte* scratch, double* gradient) {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +35,13 @@ def last_rows(count: int, length: int, offsets: Tensor | None, mask: Tensor | No
     return torch.where(last < 0, -1, last + length * torch.arange(sequences, device=like.device))
 
 
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Products run in their own dtype."""
+    if not torch.amp.is_autocast_available(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
 def reward_scores(
     hidden: Tensor, head: Tensor, bias: Tensor | None, offsets: Tensor | None, mask: Tensor | None
 ) -> Tensor:
@@ -42,7 +51,8 @@ def reward_scores(
     there = (rows >= 0)[:, None]
     if flat.shape[0] == 0:  # where there would be no row 0 to index
         flat = torch.cat([flat, flat.new_zeros(1, flat.shape[1])])
-    scores = torch.where(there, flat[rows.clamp(min=0)].to(head.dtype), 0.0) @ head.T
+    with _without_autocast(hidden.device.type):
+        scores = torch.where(there, flat[rows.clamp(min=0)].to(head.dtype), 0.0) @ head.T
     if bias is not None:
         scores = scores + bias
     return torch.where(there, scores, math.nan)
