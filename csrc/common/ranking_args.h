@@ -51,11 +51,12 @@ struct PairArgs {
     const void* num_items = nullptr;  // [1] accumulation dtype, replaces the count as the denominator of kMean
     PairOptions options;
 
-    void* loss = nullptr;           // [1], or [count] for kNone
-    void* denominator = nullptr;    // [1]: what kMean divides by
-    void* gradient = nullptr;       // [2, count], [1, count] with labels
-    void* first_reward = nullptr;   // [count] scale * (first - first_reference)
-    void* second_reward = nullptr;  // [count]
+    void* loss = nullptr;             // [1], or [count] for kNone
+    void* denominator = nullptr;      // [1]: what kMean divides by
+    void* first_gradient = nullptr;   // [count]
+    void* second_gradient = nullptr;  // [count], not asked for where it is the negative of the first
+    void* first_reward = nullptr;     // [count] scale * (first - first_reference)
+    void* second_reward = nullptr;    // [count]
 };
 
 enum class RankMethod : int { kPairwise, kBreslow, kEfron };  // Plackett-Luce by its rule for ties
@@ -90,16 +91,18 @@ inline bool divides_by_pairs(const RankArgs& args) {
     return args.options.method == RankMethod::kPairwise && args.options.over_groups;
 }
 
-// result = gradient * upstream / denominator, in the scores' dtype.
+// result = gradient * upstream / denominator, in the scores' dtype; for pairs, twice.
 struct ScoreGradientArgs {
-    int64_t rows = 1, count = 0, groups = 0, size = 1;
+    int64_t count = 0, groups = 0, size = 1;
     Dtype dtype = Dtype::kFloat32;
-    const void* gradient = nullptr;  // [rows, count] accumulation dtype
-    const void* upstream = nullptr;  // [1] or, where per_group, [groups] accumulation dtype
+    const void* gradient = nullptr;         // [count] accumulation dtype
+    const void* second_gradient = nullptr;  // [count]; null: the negative of `gradient`
+    const void* upstream = nullptr;         // [1] or, where per_group, [groups] accumulation dtype
     bool per_group = false;
     const int64_t* offsets = nullptr;   // [groups + 1]; null: `size` entries per group
     const void* denominator = nullptr;  // [1]; null: 1
-    void* result = nullptr;             // [rows, count] dtype
+    void* result = nullptr;             // [count] dtype
+    void* second_result = nullptr;      // [count] dtype, or not wanted
 };
 
 }  // namespace pyalign

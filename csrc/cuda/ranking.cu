@@ -47,7 +47,6 @@ template <class T>
 __global__ void __launch_bounds__(kItemThreads) pair_items(const PairArgs a) {
     __shared__ double sums[kWarp];
     const float scale = float(a.options.scale), center = float(a.options.center), margin = float(a.options.margin);
-    float* const gradient = static_cast<float*>(a.gradient);  // [2, count], or [1, count] with labels
     double loss = 0;
     int64_t counted = 0;
     with_form<float>(a.options, [&](auto form) {
@@ -63,8 +62,8 @@ __global__ void __launch_bounds__(kItemThreads) pair_items(const PairArgs a) {
             const float weight = a.weight ? static_cast<const float*>(a.weight)[i] : 1.f;
             const bool keep = !a.mask || a.mask[i];
             const float cost = keep ? weight * item.loss : 0.f;
-            if (gradient) gradient[i] = keep ? weight * item.first : 0.f;
-            if (gradient && a.second) gradient[a.count + i] = keep ? weight * item.second : 0.f;
+            if (a.first_gradient) static_cast<float*>(a.first_gradient)[i] = keep ? weight * item.first : 0.f;
+            if (a.second_gradient) static_cast<float*>(a.second_gradient)[i] = keep ? weight * item.second : 0.f;
             if (a.first_reward) static_cast<float*>(a.first_reward)[i] = scale * first;
             if (a.second_reward) static_cast<float*>(a.second_reward)[i] = scale * second;
             if (a.reduction == Reduction::kNone) static_cast<float*>(a.loss)[i] = cost;
@@ -288,16 +287,18 @@ template <class T>
 __global__ void __launch_bounds__(kElementThreads) scale_scores(const ScoreGradientArgs a) {
     const float over = a.denominator ? *static_cast<const float*>(a.denominator) : 1.f;
     const float* const upstream = static_cast<const float*>(a.upstream);
-    const int64_t count = a.rows * a.count;
-    for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += int64_t{gridDim.x} * blockDim.x) {
+    const int64_t stride = int64_t{gridDim.x} * blockDim.x;
+    for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < a.count; i += stride) {
         float by = 0.f;
         if (over != 0.f) {
-            const int64_t entry = i % a.count;
-            const int64_t group =
-                !a.per_group ? 0 : (a.offsets ? group_of(a.offsets, a.groups, entry) : entry / a.size);
+            const int64_t group = !a.per_group ? 0 : (a.offsets ? group_of(a.offsets, a.groups, i) : i / a.size);
             by = upstream[group] / over;
         }
-        static_cast<T*>(a.result)[i] = narrow<T>(static_cast<const float*>(a.gradient)[i] * by);
+        const float first = static_cast<const float*>(a.gradient)[i];
+        static_cast<T*>(a.result)[i] = narrow<T>(first * by);
+        if (!a.second_result) continue;
+        const float second = a.second_gradient ? static_cast<const float*>(a.second_gradient)[i] : -first;
+        static_cast<T*>(a.second_result)[i] = narrow<T>(second * by);
     }
 }
 
@@ -324,10 +325,9 @@ void ranked_loss(const RankArgs& args, cudaStream_t stream) {
 
 void score_gradient(const ScoreGradientArgs& args, cudaStream_t stream) {
     element_size(args.dtype, "score_gradient");
-    const int64_t count = args.rows * args.count;
-    if (count == 0) return;
+    if (args.count == 0) return;
     const int64_t most = int64_t{current_device().processors} * 8;
-    const int64_t blocks = std::min((count + kElementThreads - 1) / kElementThreads, most);
+    const int64_t blocks = std::min((args.count + kElementThreads - 1) / kElementThreads, most);
     with_type(args.dtype, [&](auto type) {
         check(launch({blocks, kElementThreads, 0, stream}, scale_scores<decltype(type)>, args), "scale_scores");
     });
