@@ -262,8 +262,8 @@ class _ScoreLoss(torch.autograd.Function):
 
 
 # Without what torch's apply does in Python before it calls this one, for torch.func and setup_context: that takes as
-# long as a kernel does for a small batch. A part of it, unwrap_if_dead, is called: it takes off what a finished transform
-# leaves around a tensor that escaped from it.
+# long as a kernel does for a small batch. The part of it that counts, unwrap_if_dead, takes off what a finished
+# transform leaves around a tensor that escaped from it.
 _apply_score_loss: Any = super(torch.autograd.Function, _ScoreLoss).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
