@@ -128,7 +128,7 @@ PairOptions pair_options(const py::tuple& t) {
 
 // (count, dtype, first, second, first_reference, second_reference, margin, labels, weight, mask, num_items,
 //  margin_stride, reduction), options, (loss, denominator, first_gradient, second_gradient, first_reward,
-//  second_reward)
+//  second_reward, block_sums, ticket)
 PairArgs pair_args(const py::tuple& t, const py::tuple& option, const py::tuple& out) {
     return {t[0].cast<int64_t>(),         static_cast<Dtype>(t[1].cast<int>()),
             pointer<const void>(t[2]),    pointer<const void>(t[3]),
@@ -139,12 +139,13 @@ PairArgs pair_args(const py::tuple& t, const py::tuple& option, const py::tuple&
             pointer<const void>(t[10]),   pair_options(option),
             pointer<void>(out[0]),        pointer<void>(out[1]),
             pointer<void>(out[2]),        pointer<void>(out[3]),
-            pointer<void>(out[4]),        pointer<void>(out[5])};
+            pointer<void>(out[4]),        pointer<void>(out[5]),
+            pointer<void>(out[6]),        pointer<int32_t>(out[7])};
 }
 
 // (groups, size, count, dtype, scores, ranks, offsets, reduction, num_items),
 // (method, scale, margin, label_smoothing, over_groups), (loss, denominator, gradient, group_loss,
-// stages, ticket)
+// rows, stages, counters)
 RankArgs rank_args(const py::tuple& t, const py::tuple& o, const py::tuple& out) {
     return {t[0].cast<int64_t>(),
             t[1].cast<int64_t>(),
@@ -162,7 +163,8 @@ RankArgs rank_args(const py::tuple& t, const py::tuple& o, const py::tuple& out)
             pointer<void>(out[2]),
             pointer<void>(out[3]),
             pointer<void>(out[4]),
-            pointer<int32_t>(out[5])};
+            pointer<void>(out[5]),
+            pointer<int32_t>(out[6])};
 }
 
 // (count, groups, size, dtype, gradient, second_gradient, upstream, per_group, offsets, denominator, result,
@@ -251,6 +253,7 @@ void register_cuda(py::module_ m) {
     register_ranking<cudaStream_t>(m, cuda::pair_loss, cuda::ranked_loss, cuda::score_gradient);
     register_distill<cudaStream_t>(m, cuda::distill, cuda::topk_distill, cuda::topk, cuda::scale);
     register_logprob<cudaStream_t>(m, cuda::logprob);
+    m.attr("pair_blocks") = kPairBlocks;
     m.def("explain_distill", [](int64_t vocab, int dtype, int device) {
         return cuda::explain_distill(vocab, static_cast<Dtype>(dtype), device);
     });

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyalign._tickets import gpu_ticket
+from pyalign._tickets import gpu_tickets
 from pyalign._types import (
     PairOptions,
     PairResults,
@@ -592,7 +592,7 @@ def _logs(smoothing: float) -> tuple[float, float]:
 
 def _ticket(device: torch.device) -> Tensor:
     if device.type == "cuda":
-        return gpu_ticket(device)
+        return gpu_tickets(device)
     return torch.zeros((), dtype=torch.int32, device=device)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyalign import _C
 from pyalign._native import DTYPES, Module, OnCpu, OnCuda, pointer
-from pyalign._tickets import gpu_ticket
+from pyalign._tickets import gpu_tickets
 from pyalign._types import (
     NO_PAIR_TENSORS,
     PAIR_LOSSES,
@@ -39,15 +39,20 @@ def _both(x: Tensor | None) -> tuple[int, int]:
     return first, first + x.stride(0) * x.itemsize if x.dim() == 2 and x.shape[0] == 2 else 0
 
 
+_ONE_BLOCK = 4096  # items that one block of a GPU does as fast as several
 _NO_POINTERS = _pointers(NO_PAIR_TENSORS)
 
 
 class _Engine(Module):
     """The engine functions (pair_loss, ranked_loss, score_gradient)."""
 
-    def ticket(self, device: torch.device) -> Tensor | None:
-        """() int32, 0: how the blocks of a GPU kernel find out which of them is the last."""
-        return None
+    def pair_workspace(self, count: int, device: torch.device) -> tuple[Tensor | None, ...]:
+        """What a GPU kernel needs for the sums of its blocks: block_sums and ticket of csrc/common/ranking_args.h."""
+        return None, None
+
+    def rank_workspace(self, count: int, groups: int, method: str, device: torch.device) -> tuple[Tensor | None, ...]:
+        """Of groups: group_loss, rows, stages and counters."""
+        return None, None, None, None
 
     def pair_loss(
         self,
@@ -69,6 +74,7 @@ class _Engine(Module):
             gradient = first.new_empty((2, count), dtype=dtype) if both else torch.empty_like(first, dtype=dtype)
         if want_rewards:
             rewards = first.new_empty((1 if second is None else 2, count), dtype=dtype)
+        workspace = self.pair_workspace(count, first.device)
         self._call(
             "pair_loss",
             first.device,
@@ -81,7 +87,13 @@ class _Engine(Module):
                 REDUCTIONS.index(reduction),
             ),
             (PAIR_LOSSES.index(form), *numbers),
-            (loss.data_ptr(), denominator.data_ptr(), *_both(gradient), *_both(rewards)),
+            (
+                loss.data_ptr(),
+                denominator.data_ptr(),
+                *_both(gradient),
+                *_both(rewards),
+                *map(pointer, workspace),
+            ),
         )
         return PairResults(loss, denominator, gradient, rewards)
 
@@ -93,11 +105,7 @@ class _Engine(Module):
         loss = torch.empty((groups,) if options.reduction == "none" else (), dtype=dtype, device=device)
         denominator = torch.empty((), dtype=dtype, device=device)
         gradient = torch.empty(scores.numel(), dtype=dtype, device=device) if want_gradient else None
-        ticket = self.ticket(device)
-        group_loss = stages = None
-        if ticket is not None:
-            group_loss = torch.empty(2, groups, dtype=dtype, device=device)
-            stages = None if options.method == "pairwise" else torch.empty(3, scores.numel(), device=device)
+        workspace = self.rank_workspace(scores.numel(), groups, options.method, device)
         method, *numbers, reduction = options
         self._call(
             "ranked_loss",
@@ -118,9 +126,7 @@ class _Engine(Module):
                 loss.data_ptr(),
                 denominator.data_ptr(),
                 pointer(gradient),
-                pointer(group_loss),
-                pointer(stages),
-                pointer(ticket),
+                *map(pointer, workspace),
             ),
         )
         return RankResults(loss, denominator, gradient)
@@ -165,8 +171,16 @@ class _Cpu(OnCpu, _Engine):
 
 
 class _Cuda(OnCuda, _Engine):
-    def ticket(self, device: torch.device) -> Tensor | None:
-        return gpu_ticket(device)
+    def pair_workspace(self, count: int, device: torch.device) -> tuple[Tensor | None, ...]:
+        if count <= _ONE_BLOCK:
+            return None, None
+        return torch.empty(2, _C.cuda.pair_blocks, dtype=torch.float64, device=device), gpu_tickets(device)
+
+    def rank_workspace(self, count: int, groups: int, method: str, device: torch.device) -> tuple[Tensor | None, ...]:
+        rows = torch.empty(2 if method == "pairwise" else 3, count, device=device)
+        rows_and_stages = (rows, None) if method == "pairwise" else (None, rows)
+        tickets = gpu_tickets(device, 1 + groups)
+        return torch.empty(2, groups, device=device), *rows_and_stages, tickets
 
 
 @functools.cache

@@ -57,7 +57,11 @@ struct PairArgs {
     void* second_gradient = nullptr;  // [count], not asked for where it is the negative of the first
     void* first_reward = nullptr;     // [count] scale * (first - first_reference)
     void* second_reward = nullptr;    // [count]
+    void* block_sums = nullptr;       // [2, kPairBlocks] double, workspace of the GPU kernels: losses, counts
+    int32_t* ticket = nullptr;        // [1] workspace of the GPU kernels, 0 before and after
 };
+
+constexpr int kPairBlocks = 512;  // of a GPU kernel, at most
 
 enum class RankMethod : int { kPairwise, kBreslow, kEfron };  // Plackett-Luce by its rule for ties
 
@@ -82,8 +86,9 @@ struct RankArgs {
     void* denominator = nullptr;  // [1]
     void* gradient = nullptr;     // [count]
     void* group_loss = nullptr;   // [2, groups] float, workspace of the GPU kernels: losses and pairs of the groups
-    void* stages = nullptr;       // [3, count] float, workspace of the GPU kernels for Plackett-Luce
-    int32_t* ticket = nullptr;    // [1] workspace of the GPU kernels, 0 before and after
+    void* rows = nullptr;         // [2, count] float, theirs for pairs: losses and pairs that each entry wins
+    void* stages = nullptr;       // [3, count] float, theirs for Plackett-Luce
+    int32_t* counters = nullptr;  // [1 + groups] theirs, 0 before and after: blocks, and entries of each group, done
 };
 
 // Whether a group's loss is the mean over its pairs, not their sum.
