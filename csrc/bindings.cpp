@@ -145,7 +145,7 @@ PairArgs pair_args(const py::tuple& t, const py::tuple& option, const py::tuple&
 
 // (groups, size, count, dtype, scores, ranks, offsets, reduction, num_items),
 // (method, scale, margin, label_smoothing, over_groups), (loss, denominator, gradient, group_loss,
-// rows, stages, counters)
+// rows, stages, sorted, counters)
 RankArgs rank_args(const py::tuple& t, const py::tuple& o, const py::tuple& out) {
     return {t[0].cast<int64_t>(),
             t[1].cast<int64_t>(),
@@ -164,7 +164,8 @@ RankArgs rank_args(const py::tuple& t, const py::tuple& o, const py::tuple& out)
             pointer<void>(out[3]),
             pointer<void>(out[4]),
             pointer<void>(out[5]),
-            pointer<int32_t>(out[6])};
+            pointer<void>(out[6]),
+            pointer<int32_t>(out[7])};
 }
 
 // (count, groups, size, dtype, gradient, second_gradient, upstream, per_group, offsets, denominator, result,
@@ -254,6 +255,8 @@ void register_cuda(py::module_ m) {
     register_distill<cudaStream_t>(m, cuda::distill, cuda::topk_distill, cuda::topk, cuda::scale);
     register_logprob<cudaStream_t>(m, cuda::logprob);
     m.attr("pair_blocks") = kPairBlocks;
+    m.attr("shared_entries") = kSharedEntries;
+    m.attr("sorted_bytes") = kSortedBytes;
     m.def("explain_distill", [](int64_t vocab, int dtype, int device) {
         return cuda::explain_distill(vocab, static_cast<Dtype>(dtype), device);
     });

@@ -50,9 +50,11 @@ class _Engine(Module):
         """What a GPU kernel needs for the sums of its blocks: block_sums and ticket of csrc/common/ranking_args.h."""
         return None, None
 
-    def rank_workspace(self, count: int, groups: int, method: str, device: torch.device) -> tuple[Tensor | None, ...]:
-        """Of groups: group_loss, rows, stages and counters."""
-        return None, None, None, None
+    def rank_workspace(
+        self, count: int, groups: int, largest: int, method: str, device: torch.device
+    ) -> tuple[Tensor | None, ...]:
+        """For groups of at most ``largest`` entries: group_loss, rows, stages, sorted and counters."""
+        return None, None, None, None, None
 
     def pair_loss(
         self,
@@ -105,7 +107,8 @@ class _Engine(Module):
         loss = torch.empty((groups,) if options.reduction == "none" else (), dtype=dtype, device=device)
         denominator = torch.empty((), dtype=dtype, device=device)
         gradient = torch.empty(scores.numel(), dtype=dtype, device=device) if want_gradient else None
-        workspace = self.rank_workspace(scores.numel(), groups, options.method, device)
+        count = scores.numel()
+        workspace = self.rank_workspace(count, groups, count if offsets is not None else size, options.method, device)
         method, *numbers, reduction = options
         self._call(
             "ranked_loss",
@@ -176,11 +179,16 @@ class _Cuda(OnCuda, _Engine):
             return None, None
         return torch.empty(2, _C.cuda.pair_blocks, dtype=torch.float64, device=device), gpu_tickets(device)
 
-    def rank_workspace(self, count: int, groups: int, method: str, device: torch.device) -> tuple[Tensor | None, ...]:
-        rows = torch.empty(2 if method == "pairwise" else 3, count, device=device)
-        rows_and_stages = (rows, None) if method == "pairwise" else (None, rows)
-        tickets = gpu_tickets(device, 1 + groups)
-        return torch.empty(2, groups, device=device), *rows_and_stages, tickets
+    def rank_workspace(
+        self, count: int, groups: int, largest: int, method: str, device: torch.device
+    ) -> tuple[Tensor | None, ...]:
+        group_loss, tickets = torch.empty(2, groups, device=device), gpu_tickets(device, 1 + groups)
+        if method == "pairwise":
+            return group_loss, torch.empty(2, count, device=device), None, None, tickets
+        stages, in_global = torch.empty(3, count, device=device), None
+        if largest > _C.cuda.shared_entries:
+            in_global = torch.empty(2 * count * _C.cuda.sorted_bytes, dtype=torch.uint8, device=device)
+        return group_loss, None, stages, in_global, tickets
 
 
 @functools.cache

@@ -53,8 +53,8 @@ LIMITS = {
     "logprob_rows": Limit(2 * (TYPES + 2), threads=1024, blocks=1),  # float32 logits have all types of gradients
     "scale_rows": Limit(TYPES, threads=256, blocks=4),
     "pair_items": Limit(TYPES, threads=512, blocks=2, static_shared=256),
-    "rank_pairs": Limit(2 * TYPES, threads=256, blocks=6, static_shared=320),
-    "rank_stages": Limit(TYPES, threads=256, blocks=4, static_shared=3584),
+    "rank_pairs": Limit(2 * TYPES, threads=256, blocks=5, static_shared=320),
+    "rank_stages": Limit(TYPES, threads=256, blocks=3, static_shared=1024),
     "scale_scores": Limit(TYPES, threads=256, blocks=8),
     "count_tokens": Limit(1, threads=1024, blocks=1, static_shared=256),
     "sum_losses": Limit(1, threads=1024, blocks=1, static_shared=256),

@@ -63,6 +63,8 @@ struct PairArgs {
 
 constexpr int kPairBlocks = 512;  // of a GPU kernel, at most
 
+constexpr int kSharedEntries = 4096, kSortedBytes = 20;  // of groups that a GPU sorts by rank
+
 enum class RankMethod : int { kPairwise, kBreslow, kEfron };  // Plackett-Luce by its rule for ties
 
 struct RankOptions {
@@ -88,6 +90,7 @@ struct RankArgs {
     void* group_loss = nullptr;   // [2, groups] float, workspace of the GPU kernels: losses and pairs of the groups
     void* rows = nullptr;         // [2, count] float, theirs for pairs: losses and pairs that each entry wins
     void* stages = nullptr;       // [3, count] float, theirs for Plackett-Luce
+    void* sorted = nullptr;       // [2, count] kSortedBytes, theirs for groups of more than kSharedEntries
     int32_t* counters = nullptr;  // [1 + groups] theirs, 0 before and after: blocks, and entries of each group, done
 };
 

@@ -3,30 +3,18 @@
 // All pairs of groups are shared out by entry: a few threads take an entry's pairs, those that it wins and those that
 // it loses, whatever group it is in, so that one group of thousands keeps all multiprocessors busy as well as thousands
 // of small ones do. Nothing is added up between threads but the few of an entry, and its group's sums: the block that
-// completes a group does that, in the order of the entries. For Plackett-Luce, whose stages depend on each other, a
-// group is served by a block of its own. The block that ends last adds up the groups, in their order.
+// completes a group does that, in the order of the entries. Plackett-Luce is in stages.cuh. The block that ends last
+// adds up the groups, in their order.
 #include <algorithm>
 
 #include "common/ranking.h"
 #include "cuda/common.cuh"
+#include "cuda/stages.cuh"
 
 namespace pyalign::cuda {
 namespace {
 
 constexpr int kItemThreads = 512, kGroupThreads = 256, kElementThreads = 256;
-constexpr float kLowestFloat = std::numeric_limits<float>::lowest();
-
-// The block's sum in every thread. `slots` [32] is free again after the next barrier.
-template <class N>
-__device__ N block_sum(N x, N* slots) {
-    for (int lane = kWarp / 2; lane > 0; lane /= 2) x += __shfl_down_sync(~0u, x, lane);
-    __syncthreads();
-    if (threadIdx.x % kWarp == 0) slots[threadIdx.x / kWarp] = x;
-    __syncthreads();
-    N sum = 0;
-    for (int warp = 0; warp < int(blockDim.x) / kWarp; ++warp) sum += slots[warp];
-    return sum;
-}
 
 __device__ __forceinline__ void write_result(float* loss, float* denominator, Reduction reduction,
                                              const float* num_items, double sum, double count) {
@@ -60,7 +48,7 @@ __device__ __forceinline__ float score_at(const void* x, const void* reference, 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kItemThreads) pair_items(const PairArgs a) {
+__global__ void __launch_bounds__(kItemThreads, 2) pair_items(const PairArgs a) {
     __shared__ double sums[kWarp];
     const float scale = float(a.options.scale), center = float(a.options.center), margin = float(a.options.margin);
     const int64_t stride = int64_t{gridDim.x} * blockDim.x;
@@ -88,7 +76,7 @@ __global__ void __launch_bounds__(kItemThreads) pair_items(const PairArgs a) {
             counted += keep;
         }
     });
-    double sum = block_sum(loss, sums), count = block_sum(double(counted), sums);
+    double sum = block_total(loss, sums), count = block_total(double(counted), sums);
     if (gridDim.x > 1) {
         double* const losses = static_cast<double*>(a.block_sums);
         if (threadIdx.x == 0) losses[blockIdx.x] = sum, losses[kPairBlocks + blockIdx.x] = count;
@@ -96,7 +84,7 @@ __global__ void __launch_bounds__(kItemThreads) pair_items(const PairArgs a) {
         loss = count = 0;
         for (int i = threadIdx.x; i < int(gridDim.x); i += blockDim.x)
             loss += __ldcg(losses + i), count += __ldcg(losses + kPairBlocks + i);
-        sum = block_sum(loss, sums), count = block_sum(count, sums);
+        sum = block_total(loss, sums), count = block_total(count, sums);
     }
     if (threadIdx.x == 0)
         write_result(static_cast<float*>(a.loss), static_cast<float*>(a.denominator), a.reduction,
@@ -147,8 +135,8 @@ __device__ void sum_groups(const RankArgs& a, double* slots) {
         const float of = __ldcg(pairs + i);
         counted += a.options.over_groups && of > 0.f ? 1.f : of;  // 0 and NaN stay
     }
-    loss = block_sum(loss, slots);
-    counted = block_sum(counted, slots);
+    loss = block_total(loss, slots);
+    counted = block_total(counted, slots);
     if (threadIdx.x != 0) return;
     write_result(static_cast<float*>(a.loss), static_cast<float*>(a.denominator), a.reduction,
                  static_cast<const float*>(a.num_items), loss, counted);
@@ -158,13 +146,6 @@ __device__ void sum_groups(const RankArgs& a, double* slots) {
 }
 
 // ---- All pairs ----
-
-template <int kThreads, class N>
-__device__ __forceinline__ N sum_over(N x) {
-#pragma unroll
-    for (int lane = kThreads / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(~0u, x, lane);
-    return x;
-}
 
 // The groups that end up complete with this block's entries [first, last): their sums, and the gradient's factor. A
 // warp takes a group.
@@ -198,7 +179,7 @@ __device__ void complete_groups(const RankArgs& a, int64_t first, int64_t last, 
 }
 
 template <class T, int kThreadsPerEntry>
-__global__ void __launch_bounds__(kGroupThreads) rank_pairs(const RankArgs a) {
+__global__ void __launch_bounds__(kGroupThreads, 5) rank_pairs(const RankArgs a) {
     constexpr int kEntries = kGroupThreads / kThreadsPerEntry;
     __shared__ double sums[kWarp];
     __shared__ int64_t groups[2];
@@ -259,129 +240,45 @@ __global__ void __launch_bounds__(kGroupThreads) rank_pairs(const RankArgs a) {
 
 // ---- Plackett-Luce ----
 
-// The entries of a group, a tile at a time in shared memory.
 template <class T>
-struct Entries {
-    const T* scores;       // [size]
-    const int64_t* ranks;  // [size]
-    int64_t size;
-    float scale;
-    float* tile_scores;   // [kGroupThreads], shared
-    int64_t* tile_ranks;  // [kGroupThreads], shared
-
-    __device__ __forceinline__ float score(int64_t i) const { return scale * widen(scores[i]); }
-
-    // body(j, score, rank) for every present entry, in order; all threads of the block take part.
-    template <class Body>
-    __device__ __forceinline__ void each(Body body) const {
-        for (int64_t first = 0; first < size; first += blockDim.x) {
-            __syncthreads();
-            if (const int64_t j = first + threadIdx.x; j < size) {
-                tile_scores[threadIdx.x] = score(j);
-                tile_ranks[threadIdx.x] = ranks[j];
-            }
-            __syncthreads();
-            const int count = int(size - first < blockDim.x ? size - first : blockDim.x);
-            for (int j = 0; j < count; ++j)
-                if (tile_ranks[j] >= 0) body(first + j, tile_scores[j], tile_ranks[j]);
-        }
-    }
-
-    // body(i, present) for this thread's rows; every thread makes as many calls.
-    template <class Body>
-    __device__ __forceinline__ void rows(Body body) const {
-        for (int64_t first = 0; first < size; first += blockDim.x) {
-            const int64_t i = first + threadIdx.x;
-            body(i, i < size && ranks[i] >= 0);
-        }
-    }
-};
-
-template <class T>
-__device__ double count_pairs(const Entries<T>& group) {
-    double pairs = 0;
-    group.rows([&](int64_t i, bool present) {
-        const int64_t rank = present ? group.ranks[i] : 0;
-        int wins = 0;
-        group.each([&](int64_t, float, int64_t other) { wins += present && rank < other; });
-        pairs += wins;
-    });
-    return pairs;
-}
-
-// Entry i costs log(sum_j w_ij e^(s_j - s_i)): w is 1 for what is ranked after it and, among d ties, 1 by Breslow's
-// rule and 1 - l/d for the l-th of them by Efron's. Between the passes `stages` keeps the max, the log of the sum (+inf
-// where there is no stage) and the share of ties.
-template <class T>
-__device__ double listwise_group(const Entries<T>& group, bool efron, float* gradient, float* stages, int64_t count) {
-    double loss = 0;
-    float *const maxima = stages, *const logs = stages + count, *const shares = stages + 2 * count;
-    group.rows([&](int64_t i, bool present) {
-        const float x = present ? group.score(i) : 0.f;
-        const int64_t rank = present ? group.ranks[i] : 0;
-        int tied = 0, before = 0, left = 0;
-        group.each([&](int64_t j, float, int64_t other) {
-            tied += other == rank;
-            before += other == rank && j < i;
-            left += other >= rank;
-        });
-        const float share = efron && tied > 0 ? 1.f - float(before) / float(tied) : 1.f;
-        float max = kLowestFloat, sum = 0.f;
-        group.each([&](int64_t, float y, int64_t other) {
-            if (other < rank) return;
-            const float top = max > y ? max : y;
-            sum = sum * exp_nonpositive(max - top) + (other == rank ? share : 1.f) * exp_nonpositive(y - top);
-            max = top;
-        });
-        if (i >= group.size) return;
-        const bool stage = present && left > 1;
-        maxima[i] = max;
-        logs[i] = stage ? log_positive(sum) : INFINITY;
-        shares[i] = share;
-        if (stage) loss += (max - x) + logs[i];
-    });
-    if (!gradient) return loss;
-    __syncthreads();
-    group.rows([&](int64_t i, bool present) {
-        const float x = present ? group.score(i) : 0.f;
-        const int64_t rank = present ? group.ranks[i] : 0;
-        float slope = 0.f;
-        group.each([&](int64_t j, float, int64_t other) {
-            if (rank < other) return;
-            slope += (other == rank ? shares[j] : 1.f) * exp_nonpositive((x - maxima[j]) - logs[j]);
-        });
-        if (i >= group.size) return;
-        const bool stage = logs[i] < INFINITY || x != x;
-        gradient[i] = present ? group.scale * (slope - (stage ? 1.f : 0.f)) : 0.f;
-    });
-    return loss;
-}
-
-template <class T>
-__global__ void __launch_bounds__(kGroupThreads) rank_stages(const RankArgs a) {
-    __shared__ float tile_scores[kGroupThreads];
-    __shared__ int64_t tile_ranks[kGroupThreads];
+__global__ void __launch_bounds__(kStageThreads, 3) rank_stages(const RankArgs a, int capacity) {
+    extern __shared__ uint4 shared[];  // Sorted, of `capacity` entries
     __shared__ double sums[kWarp];
+    constexpr int kGroups = kStageThreads / kWarp;
     const bool efron = a.options.method == RankMethod::kEfron;
+    const float scale = float(a.options.scale);
+    const auto scores_at = [&](int64_t i) { return static_cast<const T*>(a.scores) + i; };
+    const auto gradient_at = [&](int64_t i) { return a.gradient ? static_cast<float*>(a.gradient) + i : nullptr; };
 
-    for (int64_t index = blockIdx.x; index < a.groups; index += gridDim.x) {
-        const Span span = span_of(a, index);
-        const Entries<T> group{static_cast<const T*>(a.scores) + span.begin,
-                               a.ranks + span.begin,
-                               span.end - span.begin,
-                               float(a.options.scale),
-                               tile_scores,
-                               tile_ranks};
-        float* const gradient = a.gradient ? static_cast<float*>(a.gradient) + span.begin : nullptr;
-        const double pairs = block_sum(count_pairs(group), sums);
-        double loss = 0;
-        if (pairs == 0) {
-            for (int64_t i = threadIdx.x; gradient && i < group.size; i += blockDim.x) gradient[i] = 0.f;
-        } else {
-            float* const stages = static_cast<float*>(a.stages) + span.begin;
-            loss = block_sum(listwise_group(group, efron, gradient, stages, a.count), sums);
+    for (int64_t first = int64_t{blockIdx.x} * kGroups; first < a.groups; first += int64_t{gridDim.x} * kGroups) {
+        // Small groups, a warp each
+        if (const int64_t index = first + threadIdx.x / kWarp; index < a.groups) {
+            const Span group = span_of(a, index);
+            const int64_t begin = group.begin, size = group.end - begin;
+            if (size <= kWarp) {
+                const GroupResult result =
+                    warp_stages(scores_at(begin), a.ranks + begin, int(size), scale, efron, gradient_at(begin));
+                if (threadIdx.x % kWarp == 0) store_group(a, index, group.valid, result.loss, result.pairs);
+            }
         }
-        if (threadIdx.x == 0) store_group(a, index, span.valid, loss, pairs);
+
+        // Large groups, one after the other
+        for (int64_t index = first; index < first + kGroups && index < a.groups; ++index) {
+            const Span group = span_of(a, index);
+            const int64_t begin = group.begin, size = group.end - begin;
+            if (size <= kWarp) continue;
+            __syncthreads();
+            int64_t room = capacity;
+            void* memory = shared;
+            if (size > capacity) {  // twice its size is there in global memory, for a power of two
+                room = 2 * size;
+                memory = static_cast<char*>(a.sorted) + 2 * begin * kSortedBytes;
+            }
+            const GroupResult result =
+                block_stages(scores_at(begin), a.ranks + begin, int(size), scale, efron, gradient_at(begin),
+                             static_cast<float*>(a.stages) + begin, a.count, Sorted(memory, room));
+            if (threadIdx.x == 0) store_group(a, index, true, result.loss, result.pairs);
+        }
     }
     if (ends_last(a.counters)) sum_groups(a, sums);
 }
@@ -439,12 +336,15 @@ void ranked_loss(const RankArgs& args, cudaStream_t stream) {
                 launch_pairs<decltype(type), 16>(args, stream);
         });
     }
-    int threads = kWarp;
-    while (threads < kGroupThreads && threads < mean_size) threads *= 2;
-    const int64_t most = int64_t{current_device().processors} * 64;
-    const int64_t blocks = std::clamp<int64_t>(args.groups, 1, most);
+    const int64_t largest = args.offsets ? args.count : args.size;  // of a group, at most
+    int capacity = largest > kWarp ? 2 * kWarp : 0;
+    while (capacity > 0 && capacity < largest && capacity < kSharedEntries) capacity *= 2;
+    constexpr int64_t kGroups = kStageThreads / kWarp;
+    const int64_t most = int64_t{current_device().processors} * 16;
+    const int64_t blocks = std::clamp<int64_t>((args.groups + kGroups - 1) / kGroups, 1, most);
     with_type(args.dtype, [&](auto type) {
-        check(launch({blocks, threads, 0, stream}, rank_stages<decltype(type)>, args), "rank_stages");
+        const Launch how{blocks, kStageThreads, capacity * Sorted::kBytes, stream};
+        check(launch(how, rank_stages<decltype(type)>, args, capacity), "rank_stages");
     });
 }
 
