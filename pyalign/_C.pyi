@@ -74,6 +74,10 @@ class _Cpu(_Engine):
     def isas(self) -> list[str]: ...
 
 class _Cuda(_Engine):
+    pair_blocks: int
+    shared_entries: int
+    sorted_bytes: int
+
     def explain_distill(self, vocab: int, dtype: int, device: int, /) -> str: ...
 
 cpu: _Cpu

@@ -91,7 +91,7 @@ def reward_scores(
         if isinstance(offsets, Tensor):
             _check_beside("offsets", offsets, tuple(offsets.shape), hidden)
         offsets = _check_offsets("offsets", offsets, "B + 1", hidden)
-    backend = choose_name(hidden.device.type, hidden.device.index, hidden.dtype)
+    backend = choose_name(hidden.device, hidden.dtype)
     if backend == "reference":
         scores = _reference.reward_scores(hidden, head, bias, offsets, mask)
     else:
@@ -185,7 +185,7 @@ def win_probabilities(scores: Tensor, group_offsets: Tensor | None = None, *, sc
     scale = _checks.positive("scale", scale)
     if group_offsets is not None:
         check_offsets(group_offsets, scores.shape[0])
-    backend = choose_name(scores.device.type, scores.device.index, scores.dtype)
+    backend = choose_name(scores.device, scores.dtype)
     if backend == "reference":
         return _reference.win_probabilities(scores, group_offsets, scale)
     blocks, total = None, 0
@@ -218,7 +218,7 @@ def expected_win_rates(scores: Tensor, group_offsets: Tensor | None = None, *, s
     """
     group_offsets = _check_groups(scores, group_offsets)
     scale = _checks.positive("scale", scale)
-    backend = choose_name(scores.device.type, scores.device.index, scores.dtype)
+    backend = choose_name(scores.device, scores.dtype)
     if backend == "reference":
         return _reference.expected_win_rates(scores, group_offsets, scale)
     call = _ops_scoring.GroupCall("expected_win_rates", 0, scale, backend)
@@ -243,7 +243,7 @@ def best_of_n(scores: Tensor, group_offsets: Tensor | None = None) -> Tensor:
         RuntimeError: the forced backend can't serve.
     """
     group_offsets = _check_groups(scores, group_offsets)
-    backend = choose_name(scores.device.type, scores.device.index, scores.dtype)
+    backend = choose_name(scores.device, scores.dtype)
     if backend == "reference":
         return _reference.best_of_n(scores, group_offsets)
     return _ops_scoring.groups(_ops_scoring.GroupCall("best_of_n", 0, 1.0, backend), scores, group_offsets)
@@ -378,7 +378,7 @@ def preference_metrics(
     )
     options = MetricOptions(max(len(names), 1), bins, scale, fixed)
     chosen, rejected = chosen.detach().to(wide), rejected.detach().to(wide)
-    backend = choose_name(chosen.device.type, chosen.device.index, wide)
+    backend = choose_name(chosen.device, wide)
     if backend == "reference":
         table = _reference.preference_metrics(chosen, rejected, tensors, options)
     else:
