@@ -1,0 +1,171 @@
+"""When a Bradley-Terry likelihood has a maximum, and which players are to blame where it has none.
+
+Ford 1957: plain maximum likelihood exists just where every player can be reached from every other over battles won, a
+tie counting as one either way. Davidson's tie parameter asks for more, see :func:`ties_dominate`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+
+class Segments(NamedTuple):
+    """The ends of E edges, sorted by player, so that sums over a player's edges are sums over ranges."""
+
+    order: Ints | None  # (E,) edges in the order of their end; None where they are in it
+    starts: Ints  # where each player's range begins
+    players: Ints  # whose it is; players without an edge have none
+
+
+def segments(ends: Ints) -> Segments:
+    order = None
+    if np.any(ends[1:] < ends[:-1]):
+        order = np.argsort(ends, kind="stable")
+        ends = ends[order]
+    starts = np.flatnonzero(np.concatenate(([True], ends[1:] != ends[:-1]))) if len(ends) else np.zeros(0, np.int64)
+    return Segments(order, starts, ends[starts])
+
+
+def strongly_connected(num_players: int, first: Ints, second: Ints, up: Bools, down: Bools) -> Bools:
+    """(B,) whether player 0 reaches all players and is reached by them.
+
+    Args:
+        first, second: (E,) the players of every edge.
+        up, down: (E, B) whether first beat second, and second first, in each of B samples.
+    """
+    count = up.shape[1]
+    if num_players == 1:
+        return np.ones(count, bool)
+    if not len(first):
+        return np.zeros(count, bool)
+    at_first, at_second = segments(first), segments(second)
+    whole = np.ones(count, bool)
+    for forth, back in ((up, down), (down, up)):
+        reached = np.zeros((num_players, count), bool)
+        reached[0] = True
+        size = count
+        while True:
+            for source, target, open_edges in ((first, at_second, forth), (second, at_first, back)):
+                arriving = np.take(reached, source, axis=0) & open_edges
+                if target.order is not None:
+                    arriving = np.take(arriving, target.order, axis=0)
+                reached[target.players] |= np.logical_or.reduceat(arriving, target.starts, axis=0)
+            size, before = int(np.count_nonzero(reached)), size
+            if size in (before, reached.size):
+                break
+        whole &= reached.all(0)
+    return whole
+
+
+def strong_components(num_players: int, source: Ints, target: Ints) -> list[list[int]]:
+    """Strongly connected components in topological order, by Tarjan's algorithm without recursion."""
+    order = np.argsort(source, kind="stable")
+    neighbours = target[order].tolist()
+    begins = np.searchsorted(source[order], np.arange(num_players + 1)).tolist()
+    index, low, on_stack = [-1] * num_players, [0] * num_players, [False] * num_players
+    stack: list[int] = []
+    components: list[list[int]] = []
+    counter = 0
+    for root in range(num_players):
+        if index[root] >= 0:
+            continue
+        path = [(root, begins[root])]
+        while path:
+            player, at = path.pop()
+            if index[player] < 0:
+                index[player] = low[player] = counter
+                counter += 1
+                stack.append(player)
+                on_stack[player] = True
+            elif at > begins[player]:
+                low[player] = min(low[player], low[neighbours[at - 1]])
+            while at < begins[player + 1]:
+                other = neighbours[at]
+                at += 1
+                if index[other] < 0:
+                    path += [(player, at), (other, begins[other])]
+                    break
+                if on_stack[other]:
+                    low[player] = min(low[player], index[other])
+            else:
+                if low[player] == index[player]:
+                    component: list[int] = []
+                    while not component or component[-1] != player:
+                        component.append(stack.pop())
+                        on_stack[component[-1]] = False
+                    components.append(sorted(component))
+    return components[::-1]
+
+
+def explain(num_players: int, winners: Ints, losers: Ints, names: Ints) -> tuple[str, list[list[int]]] | None:
+    """What keeps the maximum from existing, as a sentence and the groups of players in it; None if nothing does.
+
+    Args:
+        winners, losers: (E,) ends of every distinct edge; both ways for ties.
+        names: (P,) the players' numbers in messages and groups.
+    """
+    seen = np.zeros(num_players, bool)
+    seen[winners] = seen[losers] = True
+    if not seen.all():
+        absent = names[~seen].tolist()
+        return f"{_players(absent)} in no battle", [absent]
+    ends = np.concatenate((winners, losers)), np.concatenate((losers, winners))
+    apart = [names[group].tolist() for group in strong_components(num_players, *ends)]
+    if len(apart) > 1:
+        apart.sort(key=lambda group: (-len(group), group))
+        shown = "; ".join(_listed(group) for group in apart[:5]) + ("; ..." if len(apart) > 5 else "")
+        return f"the battles leave {len(apart)} groups of players that never met: {shown}", apart
+    groups = strong_components(num_players, winners, losers)
+    if len(groups) == 1:
+        return None
+    component = np.empty(num_players, np.int64)
+    for number, group in enumerate(groups):
+        component[group] = number
+    crossing = component[winners] != component[losers]
+    lost = set(component[losers[crossing]].tolist())
+    won = set(component[winners[crossing]].tolist())
+    groups = [names[group].tolist() for group in groups]
+    unbeaten = [group for number, group in enumerate(groups) if number not in lost]
+    beaten = [group for number, group in enumerate(groups) if number not in won]
+    parts: list[str] = []
+    for named, verb in ((unbeaten, "won"), (beaten, "lost")):
+        alone = sorted(group[0] for group in named if len(group) == 1)
+        if alone:
+            parts.append(f"{_players(alone)} {verb} every battle")
+        parts += [f"{_players(group)} {verb} every battle with the others" for group in named if len(group) > 1]
+    return "; ".join(parts), groups
+
+
+def ties_dominate(num_players: int, winners: Ints, losers: Ints, tied: tuple[Ints, Ints]) -> bool:
+    """Whether Davidson's likelihood rises forever as its tie parameter and the strengths' gaps grow together.
+
+    With log nu growing like t and strengths like t u, it does not fall just where u_winner - u_loser >= 2 for every win
+    and |u_i - u_j| <= 2 for every tie. Such u exist unless some circle holds more wins than ties: a negative cycle,
+    found as Bellman and Ford find one.
+    """
+    source = np.concatenate((winners, *tied))
+    target = np.concatenate((losers, *tied[::-1]))
+    cost = np.ones(len(source), np.int64)
+    cost[: len(winners)] = -1
+    distance = np.zeros(num_players, np.int64)
+    for _ in range(num_players):
+        shorter = distance.copy()
+        np.minimum.at(shorter, target, distance[source] + cost)
+        if np.array_equal(shorter, distance):
+            return True
+        distance = shorter
+    return False
+
+
+def _listed(group: list[int]) -> str:
+    return "[" + ", ".join(map(str, group[:10])) + (f", ... ({len(group)})" if len(group) > 10 else "") + "]"
+
+
+def _players(group: list[int]) -> str:
+    return f"player {group[0]}" if len(group) == 1 else f"players {_listed(group)}"
