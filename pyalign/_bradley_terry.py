@@ -34,7 +34,9 @@ class NoMaximumError(ValueError):
     """The likelihood rises forever or has no single maximum; ``groups`` are the players concerned, as the message says."""
 
     def __init__(self, problem: str, groups: list[list[int]]):
-        super().__init__(f"{problem}. Plain maximum likelihood has no maximum there; a prior gives it one: prior=0.1, say")
+        super().__init__(
+            f"{problem}. Plain maximum likelihood has no maximum there; a prior gives it one: prior=0.1, say"
+        )
         self.problem, self.groups = problem, groups
 
 
@@ -573,7 +575,11 @@ def _deduplicated(rows: _Rows, num_players: int, davidson: bool) -> tuple[Design
     if rows.weight is not None:
         weights, of_row = np.unique(rows.weight, return_inverse=True)
         if len(weights) > 1:
-            key, span = _joint_key((key, of_row)) if span > 2**62 // len(weights) else (key * len(weights) + of_row, span * len(weights))
+            key, span = (
+                _joint_key((key, of_row))
+                if span > 2**62 // len(weights)
+                else (key * len(weights) + of_row, span * len(weights))
+            )
     representative, count = _counted(key, span, rows.counts)
     unit_edge_key = edge_key[representative]
     new = np.concatenate((np.ones(min(1, len(unit_edge_key)), bool), unit_edge_key[1:] != unit_edge_key[:-1]))
@@ -647,8 +653,8 @@ def _checked(
         None if covariates is None else _covariates(covariates, len(first)),
     )
     # Sums, and their squares in the sandwich, stay finite.
-    if rows.weight is not None and not np.isfinite(np.square(rows.weight).sum()):
-        _checks.refuse("weight", f"up to {rows.weight.max():.3g}", "numbers whose squares have a finite sum")
+    if rows.weight is not None and not rows.weight.max(initial=0) * math.sqrt(len(first)) < 1e150:
+        _checks.refuse("weight", f"up to {rows.weight.max():.3g}", "numbers whose squares can be summed")
     if rows.counts is not None and float(rows.counts.astype(np.float64).sum()) >= 2.0**62:
         _checks.refuse("counts", f"{rows.counts.astype(np.float64).sum():.3g} battles", "fewer than 2^62 in all")
     return rows, _Settings(num_players, tie_model == "davidson", prior, _anchor(anchor, num_players), bootstrap, seed)

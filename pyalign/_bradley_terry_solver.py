@@ -3,9 +3,10 @@
 Parameters are columns of (n, B): strengths (P,), covariate coefficients (F,), with Davidson's ties log nu. An edge is a
 pair of players (with covariates: and a row of them) that met; the outcome depends on u = theta_i - theta_j + z gamma.
 
-The log-likelihood is concave and its third derivative along any direction is at most R times the second, R being how far
-a unit step moves the log-odds of an edge. So a Newton step shortened to log(1 + R) / R always rises (Bach 2010, Sun and
-Tran-Dinh 2019): convergence needs no line search and no values of the likelihood.
+The log-likelihood is concave and its third derivative along a step is at most R times the second, R being how far the
+step moves the log-odds of an edge. So a Newton step always rises by a fixed share of what its slope promises if it is
+shortened to log(1 + R) / R, or taken whole where R <= 1 (Bach 2010, Sun and Tran-Dinh 2019): convergence needs no line
+search and no values of the likelihood.
 """
 
 from __future__ import annotations
@@ -62,19 +63,22 @@ class Design:
     def _at_second(self) -> Segments:
         return segments(self.second)
 
-    def log_odds(self, parameters: Floats) -> Floats:
+    def log_odds(self, parameters: Floats, space: Space | None = None) -> Floats:
         """u of every edge, (n, B) -> (E, B)."""
-        u = np.take(parameters, self.first, axis=0)
-        u -= np.take(parameters, self.second, axis=0)
+        u, other = (None, None) if space is None else space[:2]
+        u = np.take(parameters, self.first, axis=0, out=u, mode="clip")
+        u -= np.take(parameters, self.second, axis=0, out=other, mode="clip")
         if self.covariates.shape[1]:
             u += self.covariates @ parameters[self.num_players : self.num_players + self.covariates.shape[1]]
         return u
 
-    def adjoint(self, q: Floats, of_ties: Floats | None) -> Floats:
-        """The transpose of (log_odds, log nu): (E, B) and (B,) -> (n, B)."""
+    def adjoint(self, q: Floats, of_ties: Floats | None, space: Space | None = None) -> Floats:
+        """The transpose of (log_odds, log nu): (E, B) and (B,) -> (n, B); ``space[0]`` may be ``q``."""
         out = np.zeros((self.size, q.shape[1]))
         for ends, add in ((self._at_first, np.add), (self._at_second, np.subtract)):
-            sorted_q = q if ends.order is None else np.take(q, ends.order, axis=0)
+            sorted_q = q
+            if ends.order is not None:
+                sorted_q = np.take(q, ends.order, axis=0, out=None if space is None else space[1], mode="clip")
             if len(ends.starts):
                 out[ends.players] = add(out[ends.players], np.add.reduceat(sorted_q, ends.starts, axis=0))
         players, features = self.num_players, self.covariates.shape[1]
@@ -152,19 +156,21 @@ def battles(design: Design, units: Units, sums: Floats) -> Battles:
     if len(starts) < len(slot):
         sums, slot = np.add.reduceat(sums, starts, axis=0), slot[starts]
     by_outcome: list[Floats] = []
-    for outcome in range(3):
+    for outcome in range(2 + (design.davidson or bool(np.any(units.outcome == 2)))):
         mine = slot % 3 == outcome
         target = np.zeros((len(design.first), sums.shape[1]))
         target[slot[mine] // 3] = sums[mine]
         by_outcome.append(target)
-    wins, losses, ties = by_outcome
-    if design.davidson:
-        return Battles(wins, losses, ties)
-    if np.any(units.outcome == 2):
-        ties *= 0.5
-        wins += ties
-        losses += ties
-    return Battles(wins, losses, None)
+    wins, losses, *ties = by_outcome
+    if ties and not design.davidson:
+        half = 0.5 * ties[0]
+        wins += half
+        losses += half
+    return Battles(wins, losses, ties[0] if design.davidson else None)
+
+
+# Arrays (E, B) to work in: fresh memory of this size costs more than the arithmetic, and the more so in several threads.
+Space = tuple[Floats, Floats, Floats, Floats, Floats]
 
 
 class Probabilities(NamedTuple):
@@ -175,11 +181,12 @@ class Probabilities(NamedTuple):
     tie: Floats | None
 
 
-def probabilities(u: Floats, log_nu: Floats | None) -> Probabilities:
-    """(E, B) log-odds and (B,) log nu -> the probabilities of the outcomes."""
+def probabilities(u: Floats, log_nu: Floats | None, out: Floats | None = None) -> Probabilities:
+    """(E, B) log-odds and (B,) log nu -> the probabilities of the outcomes. ``u`` may be overwritten."""
     if log_nu is None:
         odds = np.exp(np.negative(np.clip(u, -700, 700, out=u), out=u), out=u)
-        win = 1 / (1 + odds)
+        win = np.add(odds, 1, out=out)
+        np.reciprocal(win, out=win)
         return Probabilities(win, np.multiply(odds, win, out=odds), None)
     half = 0.5 * u
     top = np.maximum(np.abs(half), log_nu)
@@ -188,15 +195,18 @@ def probabilities(u: Floats, log_nu: Floats | None) -> Probabilities:
     return Probabilities(win / total, loss / total, tie / total)
 
 
-def derivatives(design: Design, p: Probabilities, data: Battles) -> tuple[Floats, Curvature]:
-    """The gradient, (n, B), and the curvature of the log-likelihood."""
+def derivatives(
+    design: Design, p: Probabilities, data: Battles, space: Space | None = None
+) -> tuple[Floats, Curvature]:
+    """The gradient, (n, B), and the curvature of the log-likelihood; ``p`` lies in ``space[3]`` and ``space[4]``."""
     if p.tie is None or data.ties is None:
-        slope = data.wins * p.loss
-        slope -= data.losses * p.win
-        curve = data.wins + data.losses
+        slope, other, curve = (None, None, None) if space is None else space[:3]
+        slope = np.multiply(data.wins, p.loss, out=slope)
+        slope -= np.multiply(data.losses, p.win, out=other)
+        curve = np.add(data.wins, data.losses, out=curve)
         curve *= p.win
         curve *= p.loss
-        return design.adjoint(slope, None), Curvature(curve, None, None)
+        return design.adjoint(slope, None, space), Curvature(curve, None, None)
     total, gap = data.total, p.win - p.loss
     # dl/du = (wins - losses - total (p_win - p_loss)) / 2, written so that nothing cancels.
     slope = data.wins * (p.loss + 0.5 * p.tie) - data.losses * (p.win + 0.5 * p.tie) - 0.5 * data.ties * gap
@@ -214,7 +224,9 @@ def log_likelihood(design: Design, parameters: Floats, data: Battles) -> float:
         return -float(wins @ np.logaddexp(0, -u) + losses @ np.logaddexp(0, u))
     log_nu = parameters[-1, 0]
     normaliser = np.logaddexp(np.logaddexp(0.5 * u, -0.5 * u), log_nu)
-    return float(wins @ (0.5 * u - normaliser) - losses @ (0.5 * u + normaliser) + data.ties[:, 0] @ (log_nu - normaliser))
+    return float(
+        wins @ (0.5 * u - normaliser) - losses @ (0.5 * u + normaliser) + data.ties[:, 0] @ (log_nu - normaliser)
+    )
 
 
 def score_variance(design: Design, p: Probabilities, squares: Battles, half_ties: Floats) -> Floats:
@@ -272,7 +284,12 @@ def fix_gauge(matrix: Floats, num_players: int) -> Floats:
 
 
 def newton(
-    design: Design, data: Battles, prior: float, start: Floats, precondition: Apply | None = None, tolerance: float = 1e-10
+    design: Design,
+    data: Battles,
+    prior: float,
+    start: Floats,
+    precondition: Apply | None = None,
+    tolerance: float = 1e-10,
 ) -> Solution:
     """The maximum of the log-likelihood minus prior / 2 (|theta|^2 + |gamma|^2), in each of B samples.
 
@@ -284,13 +301,15 @@ def newton(
     """
     parameters = start.copy()
     count, penalised = start.shape[1], design.size - design.davidson
+    space: Space = tuple(np.empty((len(design.first), count)) for _ in range(5))  # pyright: ignore[reportAssignmentType]
+    first, second, curve, third, fourth = space
     converged, recedes = np.zeros(count, bool), np.zeros(count, bool)
     gradient, previous, first_decrement = parameters, np.full(count, np.inf), np.ones(count)
     iteration = 0
     for iteration in range(1, MAX_ITERATIONS + 1):
-        u = design.log_odds(parameters)
-        log_nu = parameters[-1] if design.davidson else None
-        gradient, curvature = derivatives(design, probabilities(u, log_nu), data)
+        u = design.log_odds(parameters, (third, fourth, curve, first, second))
+        p = probabilities(u, parameters[-1] if design.davidson else None, fourth)
+        gradient, curvature = derivatives(design, p, data, space)
         if prior:
             gradient[:penalised] -= prior * parameters[:penalised]
         if precondition is None and design.size <= DENSE_PARAMETERS:
@@ -307,14 +326,15 @@ def newton(
                 first_decrement = np.where(decrement > 0, decrement, 1.0)
             # Tighter as the maximum comes near, so that convergence stays faster than linear.
             relative = np.clip(np.sqrt(np.maximum(decrement, 0) / first_decrement), 1e-5, 0.1)
-            step = _conjugate_gradients(design, curvature, prior, apply, gradient, z, relative)
+            step = _conjugate_gradients(design, curvature, prior, apply, gradient, z, relative, space)
         if not np.isfinite(step).all():
             break
-        moved = design.log_odds(step)
-        reach = np.abs(moved).max(0, initial=0)
+        moved = design.log_odds(step, space)
+        reach = np.abs(moved, out=second).max(0, initial=0)
         if design.davidson:
             reach = np.maximum(reach, 0.5 * reach + np.abs(step[-1]))
-        parameters += np.where(converged | recedes, 0.0, np.log1p(reach) / np.maximum(reach, 1e-300)) * step
+        length = np.where(reach > 1, np.log1p(reach) / np.maximum(reach, 1), 1)
+        parameters += np.where(converged | recedes, 0, length) * step
         largest = np.abs(step).max(0, initial=0)
         floor = (largest < 1e-6) & (largest > 0.5 * previous)  # of rounding
         converged |= (largest <= tolerance) | floor
@@ -339,20 +359,27 @@ def _recedes(moved: Floats, of_ties: Floats | None, reach: Floats, data: Battles
 
 
 def _conjugate_gradients(
-    design: Design, curvature: Curvature, prior: float, precondition: Apply, gradient: Floats, z: Floats, relative: Floats
+    design: Design,
+    curvature: Curvature,
+    prior: float,
+    precondition: Apply,
+    gradient: Floats,
+    z: Floats,
+    relative: Floats,
+    space: Space | None = None,
 ) -> Floats:
     """Steps that solve Hessian @ step = gradient to a relative error in the preconditioner's norm."""
     penalised = design.size - design.davidson
 
     def product(p: Floats) -> Floats:
-        u = design.log_odds(p)
+        u = design.log_odds(p, space)
         of_ties = None
         if curvature.ut is None or curvature.tt is None:
             u *= curvature.uu
         else:
             of_ties = (curvature.ut * u).sum(0) + curvature.tt * p[-1]
             u = curvature.uu * u + curvature.ut * p[-1]
-        out = design.adjoint(u, of_ties)
+        out = design.adjoint(u, of_ties, space)
         if prior:
             out[:penalised] += prior * p[:penalised]
         return out
@@ -438,7 +465,14 @@ def block_size(design: Design, units: Units) -> int:
 
 
 def replicates(
-    design: Design, units: Units, prior: float, start: Floats, precondition: Apply | None, seed: int, begin: int, end: int
+    design: Design,
+    units: Units,
+    prior: float,
+    start: Floats,
+    precondition: Apply | None,
+    seed: int,
+    begin: int,
+    end: int,
 ) -> Replicates:
     """Fits to resamples ``begin`` to ``end`` of the battles, each with its own stream of random numbers."""
     counts = np.empty((end - begin, len(units.edge)))
@@ -449,8 +483,7 @@ def replicates(
     for row, number in enumerate(range(begin, end)):
         stream = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(number,))))
         if each is not None:
-            drawn = each.take(stream.integers(0, max(total, 1), total, dtype=np.int64 if total >> 32 else np.uint32))
-            counts[row] = np.bincount(drawn, minlength=len(units.edge))
+            counts[row] = np.bincount(each.take(stream.integers(0, max(total, 1), total)), minlength=len(units.edge))
         else:
             counts[row] = stream.multinomial(total, share)
     data = battles(design, units, counts.T * units.weight[:, None])
@@ -465,7 +498,7 @@ def replicates(
         if len(chosen) < end - begin:
             data = Battles(*(None if x is None else np.ascontiguousarray(x[:, chosen]) for x in data))
         beginning = np.repeat(start, len(chosen), axis=1)
-        solution = newton(design, data, prior, beginning, precondition, tolerance=1e-7)
+        solution = newton(design, data, prior, beginning, precondition, tolerance=1e-5)
         parameters[:, chosen] = solution.parameters
         converged[chosen] = solution.converged
         exists[chosen[solution.recedes]] = False
@@ -484,7 +517,9 @@ def _maximum_exists(design: Design, data: Battles) -> Bools:
     exists &= tied.any(0) & (up | down).any(0) & covered
     # A pair that each won of is a circle without ties, so most samples are settled by that.
     for sample in np.flatnonzero(exists & ~(up & down).any(0)):
-        exists[sample] = not ties_dominate(design.num_players, *davidson_edges(design, up[:, sample], down[:, sample], tied[:, sample]))
+        exists[sample] = not ties_dominate(
+            design.num_players, *davidson_edges(design, up[:, sample], down[:, sample], tied[:, sample])
+        )
     return exists
 
 
@@ -492,5 +527,8 @@ def davidson_edges(design: Design, up: Bools, down: Bools, tied: Bools) -> tuple
     """Winners, losers, and the pairs that tied."""
     winners = np.concatenate((design.first[up], design.second[down]))
     losers = np.concatenate((design.second[up], design.first[down]))
-    ties = np.concatenate((design.first[tied], design.second[tied])), np.concatenate((design.second[tied], design.first[tied]))
+    ties = (
+        np.concatenate((design.first[tied], design.second[tied])),
+        np.concatenate((design.second[tied], design.first[tied])),
+    )
     return winners, losers, ties
