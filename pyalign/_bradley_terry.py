@@ -31,7 +31,7 @@ Array = Tensor | NDArray[Any] | Sequence[Any]
 
 
 class NoMaximumError(ValueError):
-    """The likelihood rises forever or has no single maximum; ``groups`` are the players concerned, as the message says."""
+    """The likelihood rises forever, or has no single maximum; ``groups`` are the players that the message names."""
 
     def __init__(self, problem: str, groups: list[list[int]]):
         super().__init__(
@@ -189,7 +189,7 @@ class BradleyTerryFit:
         return _intervals(self.strengths, samples, errors, level)
 
     def coefficient_intervals(self, level: float = 0.95) -> Intervals:
-        """Intervals (F,) of the covariates' coefficients: percentiles of the bootstrap where there is one, else normal."""
+        """Intervals of the (F,) coefficients: percentiles of the bootstrap where there is one, else normal ones."""
         if self.bootstrap is None:
             return _intervals(self.coefficients, None, self.coefficient_standard_errors, level)
         return _intervals(self.coefficients, self.bootstrap.coefficients, None, level)
@@ -225,7 +225,7 @@ class BradleyTerryFit:
         return self._outcomes()[1]
 
     def to_elo(self, *, scale: float = ELO_SCALE, base: float = ELO_BASE, level: float = 0.95) -> EloRatings:
-        """Ratings base + scale * log10(e) * strength: 400 points are odds of 10 to 1, a unit of strength 173.718 points.
+        """Ratings base + scale * log10(e) * strength: 400 points are odds of ten to one, a unit of strength 173.718.
 
         Args:
             scale: points of a factor of ten in the odds.
@@ -286,7 +286,7 @@ class _Model:
     anchor: int | None  # in the design's numbering
 
     @cached_property
-    def _probabilities(self) -> _solver.Probabilities:
+    def probabilities(self) -> _solver.Probabilities:
         log_nu = self.parameters[-1] if self.design.davidson else None
         return _solver.probabilities(self.design.log_odds(self.parameters), log_nu)
 
@@ -297,10 +297,10 @@ class _Model:
         if players > MAX_COVARIANCE_PLAYERS:
             gigabytes = 8e-9 * self.design.size**2
             raise ValueError(
-                f"num_players: got {players}; standard errors want at most {MAX_COVARIANCE_PLAYERS} players (the inverse "
-                f"Hessian alone would be {gigabytes:.1f} GB); bootstrap= gives intervals without them"
+                f"num_players: got {players}; standard errors want at most {MAX_COVARIANCE_PLAYERS} players (the "
+                f"inverse Hessian alone would be {gigabytes:.1f} GB); bootstrap= gives intervals without them"
             )
-        curvature = _solver.derivatives(self.design, self._probabilities, _sums(self.design, self.units))[1]
+        curvature = _solver.derivatives(self.design, self.probabilities, _sums(self.design, self.units))[1]
         return np.linalg.inv(_solver.fix_gauge(_solver.hessian(self.design, curvature, self.prior), players))
 
     @cached_property
@@ -318,7 +318,7 @@ class _Model:
         half_ties = squares.ties
         if not self.design.davidson:
             squares = squares._replace(ties=None)
-        meat = _solver.score_variance(self.design, self._probabilities, squares, half_ties)
+        meat = _solver.score_variance(self.design, self.probabilities, squares, half_ties)
         return self._gauged(self._inverse @ meat @ self._inverse)
 
     def _gauged(self, c: Floats) -> Floats:
@@ -347,7 +347,7 @@ class _Rows(NamedTuple):
     covariates: Floats | None  # (M, F)
 
     def pick(self, chosen: Bools | Ints) -> _Rows:
-        return _Rows(*(None if x is None else x[chosen] for x in self))
+        return _Rows._make(None if x is None else x[chosen] for x in self)
 
 
 class _Settings(NamedTuple):
@@ -357,6 +357,7 @@ class _Settings(NamedTuple):
     anchor: tuple[int, float] | None
     bootstrap: int
     seed: int
+    names: Sequence[object]  # of the players, in messages
 
 
 def bradley_terry(
@@ -381,9 +382,9 @@ def bradley_terry(
 
         p_ij = exp(u) / (exp(u) + 1),  u = theta_i - theta_j + covariates . gamma
 
-    and the fit maximises sum_m w_m log p_m - prior / 2 (|theta|^2 + |gamma|^2) in float64 on the CPU, by Newton's method
-    over deduplicated pairs with steps that provably rise. A tie counts as half a win on either side ("half"), or is an
-    outcome of its own ("davidson", Davidson 1970): with d = exp(u/2) + exp(-u/2) + nu, a win has probability
+    and the fit maximises sum_m w_m log p_m - prior / 2 (|theta|^2 + |gamma|^2) in float64 on the CPU, by Newton's
+    method over deduplicated pairs with steps that provably rise. A tie counts as half a win on either side ("half"), or
+    is an outcome of its own ("davidson", Davidson 1970): with d = exp(u/2) + exp(-u/2) + nu, a win has probability
     exp(u/2) / d and a tie nu / d.
 
     Args:
@@ -397,8 +398,8 @@ def bradley_terry(
         covariates: (M, F) finite numbers: the winner's features minus the loser's, as in style control (Chatbot Arena);
             an order effect is +1 where the winner came first and -1 where the loser did. For a tie, those of the player
             in ``winners`` minus those of the one in ``losers``.
-        anchor: a player whose strength is fixed at 0, or (player, strength). None: strengths have mean 0. Differences of
-            strengths do not depend on it, their standard errors one by one do.
+        anchor: a player whose strength is fixed at 0, or (player, strength). None: strengths have mean 0. Differences
+            of strengths do not depend on it, the standard errors of the strengths do.
         category: (M,) integers or strings: also fits the battles of each category alone, to the players it has (the
             others are NaN there, unless a prior gives them a strength). The fit over all battles comes first.
         bootstrap: replicates B: the M battles drawn B times with replacement and fitted again, in blocks of bounded
@@ -407,19 +408,31 @@ def bradley_terry(
         counts: (M,) integers >= 0: a row stands for so many equal battles, as if it were repeated.
 
     Returns:
-        A :class:`BradleyTerryFit`. Standard errors cost a dense (P, P) inverse and are computed when they are asked for,
-        up to 10,000 players; the fit itself is dense up to 2,048 and goes on with conjugate gradients beyond.
+        A :class:`BradleyTerryFit`. Standard errors cost a dense (P, P) inverse, so they are computed when asked for, up
+        to 10,000 players; the fit itself stores nothing of that size beyond 2,048.
 
     Raises:
-        NoMaximumError: (a ValueError) without a prior, some players won or lost everything, or never met the others; a
-            covariate is a combination of others, or tells all outcomes apart; Davidson's model has no tie. The error names
-            them.
+        NoMaximumError: (a ValueError) without a prior, players won or lost everything, or never met the others (Ford
+            1957), and the error names them; a covariate is a combination of others, or tells all outcomes apart;
+            Davidson's model has no tie.
         ConvergenceError: no maximum was found within 200 iterations, in the fit or a replicate.
         ValueError, TypeError: an argument of the wrong shape, dtype or value.
     """
     rows, settings = _checked(
         winners, losers, num_players, weight, ties, tie_model, prior, covariates, anchor, bootstrap, seed, counts
     )
+    return _fit_all(rows, settings, category)
+
+
+def fit_named(
+    names: Sequence[str], winners: Array, losers: Array, *, category: Array | None = None, **options: Any
+) -> BradleyTerryFit:
+    """:func:`bradley_terry` whose errors call the players by name."""
+    rows, settings = _checked(winners, losers, len(names), **options)
+    return _fit_all(rows, settings._replace(names=names), category)
+
+
+def _fit_all(rows: _Rows, settings: _Settings, category: Array | None) -> BradleyTerryFit:
     labels = None if category is None else _labels(category, len(rows.winners))
     fit = _fit(rows, settings, None)
     if labels is None:
@@ -429,7 +442,6 @@ def bradley_terry(
     bounds = np.searchsorted(of_row[order], np.arange(len(names) + 1))
     fits: dict[Hashable, BradleyTerryFit] = {}
     for number, name in enumerate(names):
-        # Sorted positions keep the battles in their order: the fit is that of the category's battles alone.
         fits[name] = _fit(rows.pick(order[bounds[number] : bounds[number + 1]]), settings, name)
     return dataclasses.replace(fit, categories=fits)
 
@@ -452,11 +464,13 @@ def _fit(rows: _Rows, settings: _Settings, category: Hashable | None) -> Bradley
         rows, num_players = rows._replace(winners=number[rows.winners], losers=number[rows.losers]), len(players)
         if anchor is not None:
             if not seen[anchor]:
-                raise ValueError(f"{where}anchor: got player {anchor}; wanted one with a battle in every category")
+                raise ValueError(
+                    f"{where}anchor: got player {settings.names[anchor]}; wanted one with a battle in every category"
+                )
             anchor = int(number[anchor])
     design, units = _deduplicated(rows, num_players, settings.davidson)
     data, prior = _sums(design, units), settings.prior or 0.0
-    _require_maximum(design, data, settings.prior, players, where)
+    _require_maximum(design, data, settings, players, where)
     solution = _solver.newton(design, data, prior, np.zeros((design.size, 1)))
     if solution.recedes[0]:
         raise NoMaximumError(
@@ -484,13 +498,13 @@ def _fit(rows: _Rows, settings: _Settings, category: Hashable | None) -> Bradley
     )
 
 
-def _require_maximum(design: Design, data: _solver.Battles, prior: float | None, players: Ints, where: str) -> None:
+def _require_maximum(design: Design, data: _solver.Battles, settings: _Settings, players: Ints, where: str) -> None:
     up, down = data.wins[:, 0] > 0, data.losses[:, 0] > 0
     tied = np.zeros_like(up) if data.ties is None else data.ties[:, 0] > 0
     if design.davidson and not (tied.any() and (up | down).any()):
         found = "no tie" if not tied.any() else "nothing but ties"
         raise NoMaximumError(f"{where}tie_model: got 'davidson' with {found}; its tie parameter wants both kinds", [])
-    if prior is not None:
+    if settings.prior is not None:
         return
     everyone = players.tolist()
     winners, losers, ties = _solver.davidson_edges(design, up, down, tied)
@@ -498,20 +512,20 @@ def _require_maximum(design: Design, data: _solver.Battles, prior: float | None,
         design.num_players, design.first, design.second, (up | tied)[:, None], (down | tied)[:, None]
     )[0]:
         ends = np.concatenate((winners, ties[0])), np.concatenate((losers, ties[1]))
-        problem = _graph.explain(design.num_players, *ends, players)
+        problem = _graph.explain(design.num_players, *ends, players, settings.names)
         assert problem is not None
         raise NoMaximumError(where + problem[0], problem[1])
     if design.davidson and not (up & down).any() and _graph.ties_dominate(design.num_players, winners, losers, ties):
         raise NoMaximumError(
-            f"{where}tie_model: got 'davidson' where no circle of players holds more wins than ties, so that gaps and tie "
-            "parameter grow forever",
+            f"{where}tie_model: got 'davidson' where no circle of players holds more wins than ties, so that gaps and "
+            "tie parameter grow forever",
             [everyone],
         )
     if design.covariates.shape[1]:
         unclear = _solver.unidentified(design, data.total)
         if unclear:
             raise NoMaximumError(
-                f"{where}covariates: got columns {unclear} that are zero, or add up to zero or to differences of players'",
+                f"{where}covariates: got columns {unclear} that are zero, or add up to zero or to players' differences",
                 [everyone],
             )
 
@@ -533,7 +547,7 @@ def _bootstrap(
     design = model.design
     precondition = None
     if design.size <= _solver.DENSE_PARAMETERS:
-        curvature = _solver.derivatives(design, model._probabilities, data)[1]
+        curvature = _solver.derivatives(design, model.probabilities, data)[1]
         precondition = _solver.inverse_hessian(design, curvature, model.prior)
     size = _solver.block_size(design, model.units)
 
@@ -622,15 +636,15 @@ def _checked(
     winners: Array,
     losers: Array,
     num_players: int,
-    weight: Array | None,
-    ties: Array | None,
-    tie_model: str,
-    prior: float | None,
-    covariates: Array | None,
-    anchor: int | tuple[int, float] | None,
-    bootstrap: int,
-    seed: int,
-    counts: Array | None,
+    weight: Array | None = None,
+    ties: Array | None = None,
+    tie_model: str = "half",
+    prior: float | None = None,
+    covariates: Array | None = None,
+    anchor: int | tuple[int, float] | None = None,
+    bootstrap: int = 0,
+    seed: int = 0,
+    counts: Array | None = None,
 ) -> tuple[_Rows, _Settings]:
     for name, value, least in (("num_players", num_players, 1), ("bootstrap", bootstrap, 0), ("seed", seed, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -657,7 +671,8 @@ def _checked(
         _checks.refuse("weight", f"up to {rows.weight.max():.3g}", "numbers whose squares can be summed")
     if rows.counts is not None and float(rows.counts.astype(np.float64).sum()) >= 2.0**62:
         _checks.refuse("counts", f"{rows.counts.astype(np.float64).sum():.3g} battles", "fewer than 2^62 in all")
-    return rows, _Settings(num_players, tie_model == "davidson", prior, _anchor(anchor, num_players), bootstrap, seed)
+    fixed = _anchor(anchor, num_players)
+    return rows, _Settings(num_players, tie_model == "davidson", prior, fixed, bootstrap, seed, range(num_players))
 
 
 def _array(name: str, x: object, kinds: str, wanted: str) -> NDArray[Any]:
@@ -697,7 +712,7 @@ def _players(name: str, x: object, num_players: int) -> Ints:
     array = _array(name, x, "iu", "integers")
     if array.ndim != 1:
         _checks.refuse(name, f"shape {array.shape}", "(M,), one player per battle")
-    if len(array) and not (0 <= int(array.min()) and int(array.max()) < num_players):
+    if len(array) and not (array.min() >= 0 and array.max() < num_players):
         at = int(np.flatnonzero((array < 0) | (array >= num_players))[0])
         _checks.refuse(name, f"{array[at]} at {at}", f"players in [0, {num_players})")
     return array.astype(np.int64, copy=False)

@@ -6,6 +6,7 @@ tie counting as one either way. Davidson's tie parameter asks for more, see :fun
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -103,23 +104,35 @@ def strong_components(num_players: int, source: Ints, target: Ints) -> list[list
     return components[::-1]
 
 
-def explain(num_players: int, winners: Ints, losers: Ints, names: Ints) -> tuple[str, list[list[int]]] | None:
+def explain(
+    num_players: int, winners: Ints, losers: Ints, players: Ints, names: Sequence[object]
+) -> tuple[str, list[list[int]]] | None:
     """What keeps the maximum from existing, as a sentence and the groups of players in it; None if nothing does.
 
     Args:
         winners, losers: (E,) ends of every distinct edge; both ways for ties.
-        names: (P,) the players' numbers in messages and groups.
+        players: (P,) their numbers in the groups.
+        names: how the sentence calls the players of those numbers.
     """
+
+    def listed(group: list[int]) -> str:
+        return (
+            "[" + ", ".join(str(names[i]) for i in group[:10]) + (f", ... ({len(group)})]" if len(group) > 10 else "]")
+        )
+
+    def called(group: list[int]) -> str:
+        return f"player {names[group[0]]}" if len(group) == 1 else f"players {listed(group)}"
+
     seen = np.zeros(num_players, bool)
     seen[winners] = seen[losers] = True
     if not seen.all():
-        absent = names[~seen].tolist()
-        return f"{_players(absent)} in no battle", [absent]
+        absent = players[~seen].tolist()
+        return f"{called(absent)} in no battle", [absent]
     ends = np.concatenate((winners, losers)), np.concatenate((losers, winners))
-    apart = [names[group].tolist() for group in strong_components(num_players, *ends)]
+    apart = [players[group].tolist() for group in strong_components(num_players, *ends)]
     if len(apart) > 1:
         apart.sort(key=lambda group: (-len(group), group))
-        shown = "; ".join(_listed(group) for group in apart[:5]) + ("; ..." if len(apart) > 5 else "")
+        shown = "; ".join(listed(group) for group in apart[:5]) + ("; ..." if len(apart) > 5 else "")
         return f"the battles leave {len(apart)} groups of players that never met: {shown}", apart
     groups = strong_components(num_players, winners, losers)
     if len(groups) == 1:
@@ -130,15 +143,15 @@ def explain(num_players: int, winners: Ints, losers: Ints, names: Ints) -> tuple
     crossing = component[winners] != component[losers]
     lost = set(component[losers[crossing]].tolist())
     won = set(component[winners[crossing]].tolist())
-    groups = [names[group].tolist() for group in groups]
+    groups = [players[group].tolist() for group in groups]
     unbeaten = [group for number, group in enumerate(groups) if number not in lost]
     beaten = [group for number, group in enumerate(groups) if number not in won]
     parts: list[str] = []
     for named, verb in ((unbeaten, "won"), (beaten, "lost")):
         alone = sorted(group[0] for group in named if len(group) == 1)
         if alone:
-            parts.append(f"{_players(alone)} {verb} every battle")
-        parts += [f"{_players(group)} {verb} every battle with the others" for group in named if len(group) > 1]
+            parts.append(f"{called(alone)} {verb} every battle")
+        parts += [f"{called(group)} {verb} every battle with the others" for group in named if len(group) > 1]
     return "; ".join(parts), groups
 
 
@@ -161,11 +174,3 @@ def ties_dominate(num_players: int, winners: Ints, losers: Ints, tied: tuple[Int
             return True
         distance = shorter
     return False
-
-
-def _listed(group: list[int]) -> str:
-    return "[" + ", ".join(map(str, group[:10])) + (f", ... ({len(group)})" if len(group) > 10 else "") + "]"
-
-
-def _players(group: list[int]) -> str:
-    return f"player {group[0]}" if len(group) == 1 else f"players {_listed(group)}"

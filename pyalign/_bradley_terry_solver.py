@@ -169,7 +169,7 @@ def battles(design: Design, units: Units, sums: Floats) -> Battles:
     return Battles(wins, losses, ties[0] if design.davidson else None)
 
 
-# Arrays (E, B) to work in: fresh memory of this size costs more than the arithmetic, and the more so in several threads.
+# Arrays (E, B) to work in: fresh memory of this size costs more than the arithmetic, the more so in several threads.
 Space = tuple[Floats, Floats, Floats, Floats, Floats]
 
 
@@ -479,7 +479,7 @@ def replicates(
     total = int(units.count.sum())
     # Drawing battles one by one is a few times faster per draw than a binomial per unit.
     each = np.repeat(np.arange(len(units.edge), dtype=np.int32), units.count) if total <= 20 * len(units.edge) else None
-    share = units.count / total if total else None
+    share = units.count / max(total, 1)
     for row, number in enumerate(range(begin, end)):
         stream = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(number,))))
         if each is not None:
@@ -496,7 +496,7 @@ def replicates(
     parameters, converged = np.full((design.size, end - begin), np.nan), np.ones(end - begin, bool)
     if len(chosen):
         if len(chosen) < end - begin:
-            data = Battles(*(None if x is None else np.ascontiguousarray(x[:, chosen]) for x in data))
+            data = Battles._make(None if x is None else np.ascontiguousarray(x[:, chosen]) for x in data)
         beginning = np.repeat(start, len(chosen), axis=1)
         solution = newton(design, data, prior, beginning, precondition, tolerance=1e-5)
         parameters[:, chosen] = solution.parameters
