@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import NormalDist
@@ -241,7 +240,7 @@ class BradleyTerryFit:
     def _outcomes(self) -> tuple[Tensor, Tensor]:
         s = self.strengths.numpy()
         u = s[:, None] - s
-        log_nu = None if self.tie_parameter is None else np.full(1, math.log(self.tie_parameter))
+        log_nu = None if self.tie_parameter is None else math.log(self.tie_parameter)
         p = _solver.probabilities(u, log_nu)
         return torch.from_numpy(p.win), torch.from_numpy(np.zeros_like(p.win) if p.tie is None else p.tie)
 
@@ -281,13 +280,13 @@ class _Model:
     design: Design
     units: Units
     prior: float
-    parameters: Floats  # (n, 1), strengths centred
+    parameters: Floats  # (n,), strengths centred
     players: Ints  # the players that have battles, by their number outside
     anchor: int | None  # in the design's numbering
 
     @cached_property
     def probabilities(self) -> _solver.Probabilities:
-        log_nu = self.parameters[-1] if self.design.davidson else None
+        log_nu = float(self.parameters[-1]) if self.design.davidson else None
         return _solver.probabilities(self.design.log_odds(self.parameters), log_nu)
 
     @cached_property
@@ -300,7 +299,7 @@ class _Model:
                 f"num_players: got {players}; standard errors want at most {MAX_COVARIANCE_PLAYERS} players (the "
                 f"inverse Hessian alone would be {gigabytes:.1f} GB); bootstrap= gives intervals without them"
             )
-        curvature = _solver.derivatives(self.design, self.probabilities, _sums(self.design, self.units))[1]
+        curvature = _solver.curvature(self.probabilities, _sums(self.design, self.units))
         return np.linalg.inv(_solver.fix_gauge(_solver.hessian(self.design, curvature, self.prior), players))
 
     @cached_property
@@ -313,7 +312,7 @@ class _Model:
         """(n, n) in the gauge of the strengths."""
         squared = self.units.count * self.units.weight**2
         apart = dataclasses.replace(self.design, davidson=True)
-        squares = _solver.battles(apart, self.units, squared[:, None])
+        squares = _solver.battles(apart, self.units, squared)
         assert squares.ties is not None
         half_ties = squares.ties
         if not self.design.davidson:
@@ -330,7 +329,7 @@ class _Model:
 
 
 def _sums(design: Design, units: Units) -> _solver.Battles:
-    return _solver.battles(design, units, (units.count * units.weight)[:, None])
+    return _solver.battles(design, units, units.count * units.weight)
 
 
 # ---- Fitting ----
@@ -471,36 +470,37 @@ def _fit(rows: _Rows, settings: _Settings, category: Hashable | None) -> Bradley
     design, units = _deduplicated(rows, num_players, settings.davidson)
     data, prior = _sums(design, units), settings.prior or 0.0
     _require_maximum(design, data, settings, players, where)
-    solution = _solver.newton(design, data, prior, np.zeros((design.size, 1)))
-    if solution.recedes[0]:
+    fits = _solver.fit(design, units, prior)
+    parameters, norm = fits.parameters[0], float(np.linalg.norm(fits.gradient[0]))
+    if fits.status[0] == _solver.NO_MAXIMUM:
         raise NoMaximumError(
             f"{where}covariates: with strengths that suit, they tell all outcomes apart", [players.tolist()]
         )
-    if not solution.converged[0]:
+    if fits.status[0] != _solver.CONVERGED:
         raise ConvergenceError(
-            f"{where}no maximum found in {solution.iterations} iterations; the gradient's norm is "
-            f"{np.linalg.norm(solution.gradient):.3g}. Weights or covariates of very different sizes may be the cause"
+            f"{where}no maximum found in {fits.iterations[0]} iterations; the gradient's norm is {norm:.3g}. Weights "
+            "or covariates of very different sizes may be the cause; a prior helps"
         )
-    model = _Model(design, units, prior, solution.parameters, players, anchor)
+    model = _Model(design, units, prior, parameters, players, anchor)
     level = 0.0 if settings.anchor is None else settings.anchor[1]
-    strengths, coefficients, nu = _outside(solution.parameters, model, outside, level)
+    strengths, coefficients, nu = _outside(fits.parameters, model, outside, level)
     return BradleyTerryFit(
         strengths=strengths[0],
         coefficients=coefficients[0],
         tie_parameter=None if nu is None else float(nu[0]),
-        log_likelihood=_solver.log_likelihood(design, solution.parameters, data),
+        log_likelihood=_solver.log_likelihood(design, parameters, data),
         num_battles=int(units.count.sum()),
-        iterations=solution.iterations,
-        gradient_norm=float(np.linalg.norm(solution.gradient)),
-        bootstrap=_bootstrap(model, data, settings, outside, level, where) if settings.bootstrap else None,
+        iterations=int(fits.iterations[0]),
+        gradient_norm=norm,
+        bootstrap=_bootstrap(model, settings, outside, level, where) if settings.bootstrap else None,
         categories=None,
         _model=model,
     )
 
 
 def _require_maximum(design: Design, data: _solver.Battles, settings: _Settings, players: Ints, where: str) -> None:
-    up, down = data.wins[:, 0] > 0, data.losses[:, 0] > 0
-    tied = np.zeros_like(up) if data.ties is None else data.ties[:, 0] > 0
+    up, down = data.wins > 0, data.losses > 0
+    tied = np.zeros_like(up) if data.ties is None else data.ties > 0
     if design.davidson and not (tied.any() and (up | down).any()):
         found = "no tie" if not tied.any() else "nothing but ties"
         raise NoMaximumError(f"{where}tie_model: got 'davidson' with {found}; its tie parameter wants both kinds", [])
@@ -508,10 +508,8 @@ def _require_maximum(design: Design, data: _solver.Battles, settings: _Settings,
         return
     everyone = players.tolist()
     winners, losers, ties = _solver.davidson_edges(design, up, down, tied)
-    if not _graph.strongly_connected(
-        design.num_players, design.first, design.second, (up | tied)[:, None], (down | tied)[:, None]
-    )[0]:
-        ends = np.concatenate((winners, ties[0])), np.concatenate((losers, ties[1]))
+    ends = np.concatenate((winners, ties[0])), np.concatenate((losers, ties[1]))
+    if not _graph.strongly_connected(design.num_players, *ends):
         problem = _graph.explain(design.num_players, *ends, players, settings.names)
         assert problem is not None
         raise NoMaximumError(where + problem[0], problem[1])
@@ -531,42 +529,30 @@ def _require_maximum(design: Design, data: _solver.Battles, settings: _Settings,
 
 
 def _outside(parameters: Floats, model: _Model, outside: int, level: float) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(n, B) parameters as strengths (B, P) in the fit's gauge, coefficients (B, F) and nu (B,)."""
+    """(S, n) parameters as strengths (S, P) in the fit's gauge, coefficients (S, F) and nu (S,)."""
     count = model.design.num_players
-    inside = parameters[:count]
-    strengths = np.full((parameters.shape[1], outside), np.nan)
-    strengths[:, model.players] = (inside if model.anchor is None else inside - inside[model.anchor] + level).T
-    coefficients = parameters[count : count + model.design.covariates.shape[1]].T.copy()
-    nu = torch.from_numpy(np.exp(parameters[-1])) if model.design.davidson else None
+    inside = parameters[:, :count]
+    if model.anchor is not None:
+        inside = inside - inside[:, [model.anchor]] + level
+    strengths = np.full((len(parameters), outside), np.nan)
+    strengths[:, model.players] = inside
+    coefficients = parameters[:, count : count + model.design.covariates.shape[1]].copy()
+    nu = torch.from_numpy(np.exp(parameters[:, -1])) if model.design.davidson else None
     return torch.from_numpy(strengths), torch.from_numpy(coefficients), nu
 
 
-def _bootstrap(
-    model: _Model, data: _solver.Battles, settings: _Settings, outside: int, level: float, where: str
-) -> Bootstrap:
-    design = model.design
-    precondition = None
-    if design.size <= _solver.DENSE_PARAMETERS:
-        curvature = _solver.derivatives(design, model.probabilities, data)[1]
-        precondition = _solver.inverse_hessian(design, curvature, model.prior)
-    size = _solver.block_size(design, model.units)
-
-    def block(begin: int) -> _solver.Replicates:
-        end = min(begin + size, settings.bootstrap)
-        return _solver.replicates(
-            design, model.units, model.prior, model.parameters, precondition, settings.seed, begin, end
-        )
-
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        blocks = list(pool.map(block, range(0, settings.bootstrap, size)))
-    parameters, has_maximum, converged = (np.concatenate(x, axis=-1) for x in zip(*blocks, strict=True))
-    if not converged.all():
+def _bootstrap(model: _Model, settings: _Settings, outside: int, level: float, where: str) -> Bootstrap:
+    requested = settings.bootstrap
+    fits = _solver.replicates(model.design, model.units, model.prior, model.parameters, requested, settings.seed)
+    failed = np.count_nonzero(fits.status == _solver.NOT_CONVERGED)
+    if failed:
         raise ConvergenceError(
-            f"{where}bootstrap: {np.count_nonzero(~converged)} of {settings.bootstrap} replicates found no maximum in "
-            f"{_solver.MAX_ITERATIONS} iterations; a prior helps"
+            f"{where}bootstrap: {failed} of {requested} replicates found no maximum in {_solver.MAX_ITERATIONS} "
+            "iterations; a prior helps"
         )
-    results = _outside(parameters[:, has_maximum], model, outside, level)
-    return Bootstrap(*results, settings.bootstrap, int(np.count_nonzero(~has_maximum)))
+    found = fits.status == _solver.CONVERGED
+    results = _outside(fits.parameters[found], model, outside, level)
+    return Bootstrap(*results, requested, requested - int(np.count_nonzero(found)))
 
 
 # ---- Deduplication ----
@@ -647,7 +633,7 @@ def _checked(
     counts: Array | None = None,
 ) -> tuple[_Rows, _Settings]:
     for name, value, least in (("num_players", num_players, 1), ("bootstrap", bootstrap, 0), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
             _checks.refuse(name, repr(value), f"an int >= {least}")
     _checks.one_of("tie_model", tie_model, TIE_MODELS)
     if prior is not None:

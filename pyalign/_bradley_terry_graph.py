@@ -7,7 +7,6 @@ tie counting as one either way. Davidson's tie parameter asks for more, see :fun
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,52 +15,18 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 
-class Segments(NamedTuple):
-    """The ends of E edges, sorted by player, so that sums over a player's edges are sums over ranges."""
-
-    order: Ints | None  # (E,) edges in the order of their end; None where they are in it
-    starts: Ints  # where each player's range begins
-    players: Ints  # whose it is; players without an edge have none
-
-
-def segments(ends: Ints) -> Segments:
-    order = None
-    if np.any(ends[1:] < ends[:-1]):
-        order = np.argsort(ends, kind="stable")
-        ends = ends[order]
-    starts = np.flatnonzero(np.concatenate(([True], ends[1:] != ends[:-1]))) if len(ends) else np.zeros(0, np.int64)
-    return Segments(order, starts, ends[starts])
-
-
-def strongly_connected(num_players: int, first: Ints, second: Ints, up: Bools, down: Bools) -> Bools:
-    """(B,) whether player 0 reaches all players and is reached by them.
-
-    Args:
-        first, second: (E,) the players of every edge.
-        up, down: (E, B) whether first beat second, and second first, in each of B samples.
-    """
-    count = up.shape[1]
-    if num_players == 1:
-        return np.ones(count, bool)
-    if not len(first):
-        return np.zeros(count, bool)
-    at_first, at_second = segments(first), segments(second)
-    whole = np.ones(count, bool)
-    for forth, back in ((up, down), (down, up)):
-        reached = np.zeros((num_players, count), bool)
-        reached[0] = True
-        size = count
-        while True:
-            for source, target, open_edges in ((first, at_second, forth), (second, at_first, back)):
-                arriving = np.take(reached, source, axis=0) & open_edges
-                if target.order is not None:
-                    arriving = np.take(arriving, target.order, axis=0)
-                reached[target.players] |= np.logical_or.reduceat(arriving, target.starts, axis=0)
-            size, before = int(np.count_nonzero(reached)), size
-            if size in (before, reached.size):
-                break
-        whole &= reached.all(0)
-    return whole
+def strongly_connected(num_players: int, winners: Ints, losers: Ints) -> bool:
+    """Whether player 0 reaches all players over battles won, and is reached by them."""
+    for source, target in ((winners, losers), (losers, winners)):
+        reached = np.zeros(num_players, bool)
+        reached[:1] = True
+        before = 0
+        while before < (now := int(np.count_nonzero(reached))) < num_players:
+            reached[target[reached[source]]] = True
+            before = now
+        if not reached.all():
+            return False
+    return True
 
 
 def strong_components(num_players: int, source: Ints, target: Ints) -> list[list[int]]:

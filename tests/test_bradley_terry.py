@@ -499,18 +499,20 @@ def test_the_bootstrap_is_determined_by_its_seed(threads: Callable[[int], None])
 def test_replicates_are_fits_to_resampled_battles(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     """Every replicate against an ordinary fit to the battles that were drawn."""
     drawn: list[Any] = []
-    battles = solver.battles
+    solve = solver._solve
 
-    def spy(design: Any, units: Any, sums: Any) -> Any:
-        drawn.append((design, units, sums))
-        return battles(design, units, sums)
+    def spy(*args: Any, **rest: Any) -> Any:
+        drawn.append((args[0], args[1], rest["counts"]))
+        return solve(*args, **rest)
 
-    monkeypatch.setattr(solver, "battles", spy)
+    monkeypatch.setattr(solver, "DRAWS_PER_UNIT", 0)  # draw in Python, where it can be seen
+    monkeypatch.setattr(solver, "_solve", spy)
     fit = bradley_terry(W, L, num_players=6, bootstrap=3, **options)
-    design, units, sums = drawn[-1]
+    design, units, counts = drawn[-1]
     assert fit.bootstrap is not None
     assert fit.bootstrap.strengths.shape == (3, 6)
-    assert (sums / units.weight[:, None]).sum(0).tolist() == [400] * 3
+    assert counts.sum(1).tolist() == [400] * 3
+    assert not np.array_equal(counts[0], counts[1])
     monkeypatch.undo()
     first, second = design.first[units.edge], design.second[units.edge]
     swapped = units.outcome == 1
@@ -521,7 +523,7 @@ def test_replicates_are_fits_to_resampled_battles(options: dict[str, Any], monke
     if "ties" in options:
         again["ties"] = units.outcome == 2
     for k in range(3):
-        again["weight"] = sums[:, k]
+        again["weight"] = counts[k] * units.weight
         other = bradley_terry(
             np.where(swapped, second, first), np.where(swapped, first, second), num_players=6, **again
         )
