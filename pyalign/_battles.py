@@ -301,11 +301,11 @@ class _Text:
             column = column.dictionary_encode()
         elif not pa.types.is_string(column.type.value_type):
             column = column.cast(pa.string()).dictionary_encode()
-        self.values: list[str] = column.dictionary.to_pylist()
+        values: list[str | None] = column.dictionary.to_pylist()
         codes = column.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-        blank = np.array([value is None or not value.strip() for value in self.values] + [True])
+        blank = np.array([value is None or not value.strip() for value in values] + [True])
         self.codes: NDArray[np.int64] = np.where(blank[codes], -1, codes)
-        self.values = ["" if value is None else value for value in self.values]
+        self.values = ["" if value is None else value for value in values]
         self.missing: NDArray[np.bool_] = self.codes < 0
 
     def value(self, row: int) -> str:
@@ -455,7 +455,7 @@ def _text(path: Path) -> io.TextIOWrapper:
 
 def _read_jsonl(path: Path, columns: Columns, collector: _Collector) -> None:
     pa = require("pyarrow")
-    layout = None
+    layout = kind = None
     with pa.input_stream(str(path)) as stream:
         for first_line, block in _line_blocks(stream):
             if layout is None:
@@ -489,11 +489,12 @@ def _line_blocks(stream: Any) -> Iterator[tuple[int, bytes]]:
             return
 
 
-def _json_rows(block: bytes, first_line: int) -> Iterator[tuple[int, Any]]:
+def _json_rows(block: bytes, first_line: int) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Lines that hold something, parsed; a string says what is wrong with one that can't be."""
     for line, text in enumerate(block.split(b"\n"), first_line):
         if not text.strip():
             continue
+        row: Any
         try:
             row = json.loads(text.decode("utf-8-sig" if line == 1 else "utf-8"))
         except UnicodeDecodeError as error:
@@ -544,9 +545,10 @@ def _json_table(
     lines: list[int] = []
     values: dict[str, list[Any]] = {name: [] for name in layout.wanted}
     for line, row in _json_rows(block, first_line):
-        problem = row if isinstance(row, str) else _json_problem(row, layout)
-        if problem is not None:
-            collector.problems.append(Problem(path, f"line {line}", problem))
+        if not isinstance(row, str) and (problem := _json_problem(row, layout)) is not None:
+            row = problem
+        if isinstance(row, str):
+            collector.problems.append(Problem(path, f"line {line}", row))
             continue
         lines.append(line)
         for name, column in values.items():

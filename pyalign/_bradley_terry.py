@@ -300,7 +300,8 @@ class _Model:
                 f"inverse Hessian alone would be {gigabytes:.1f} GB); bootstrap= gives intervals without them"
             )
         curvature = _solver.curvature(self.probabilities, _sums(self.design, self.units))
-        return np.linalg.inv(_solver.fix_gauge(_solver.hessian(self.design, curvature, self.prior), players))
+        hessian = _solver.hessian(self.design, curvature, self.prior)
+        return np.linalg.inv(_solver.fix_gauge(hessian, players)).astype(np.float64, copy=False)
 
     @cached_property
     def covariance(self) -> Floats:

@@ -85,7 +85,11 @@ class Design:
 
     def incidence(self, q: Floats) -> Floats:
         """Sums over a player's edges, (E,) -> (P,): those that it is first in minus those that it is second in."""
-        return np.bincount(self.first, q, self.num_players) - np.bincount(self.second, q, self.num_players)
+        return _sums(self.first, q, self.num_players) - _sums(self.second, q, self.num_players)
+
+
+def _sums(ends: Ints, q: Floats, count: int) -> Floats:
+    return np.bincount(ends, q, count).astype(np.float64, copy=False)  # of no edges integers
 
 
 class Battles(NamedTuple):
@@ -218,8 +222,9 @@ def unidentified(design: Design, total: Floats) -> list[int]:
 def _solve_laplacian(design: Design, c: Floats, right: Floats) -> Floats:
     """X with L X = right, L = sum over edges of c (e_i - e_j) (e_i - e_j)^T; the columns of right sum to 0."""
     if design.size <= DENSE_PARAMETERS:
-        return np.linalg.solve(fix_gauge(design.assemble(Curvature(c, None, 0.0)), design.size), right)
-    degrees = np.bincount(design.first, c, design.size) + np.bincount(design.second, c, design.size)
+        matrix = fix_gauge(design.assemble(Curvature(c, None, 0.0)), design.size)
+        return np.linalg.solve(matrix, right).astype(np.float64, copy=False)
+    degrees = _sums(design.first, c, design.size) + _sums(design.second, c, design.size)
     columns: list[Floats] = []
     for residual in right.T.copy():
         x, direction = np.zeros_like(residual), residual / degrees

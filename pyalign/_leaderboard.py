@@ -141,7 +141,8 @@ def make_board(
         fought = won[i] + lost[i] + tied[i]
         if fought:
             figures = rating[i], lower[i], upper[i], error[i], float(fit.strengths[i])
-            rows.append(Row(battles.players[i], *(p[i] for p in places), *figures, fought, won[i], lost[i], tied[i]))
+            place, best, worst = (p[i] for p in places)
+            rows.append(Row(battles.players[i], place, best, worst, *figures, fought, won[i], lost[i], tied[i]))
     rows.sort(key=lambda row: (-row.rating, row.name))
     covariates: list[Coefficient] = []
     if names:
@@ -214,7 +215,7 @@ def draw(path: Path, boards: Sequence[Board]) -> None:
         places = range(len(rows))
         axes.errorbar(rating, places, xerr=[below, above], fmt="o", ms=4, color="#246", ecolor="#8ab", capsize=2)
         axes.set_yticks(places, [row.name.replace("$", r"\$") for row in rows], fontsize=8)
-        axes.invert_yaxis()
+        axes.set_ylim(len(rows) - 0.5, -0.5)
         left_out = f", first {len(rows)} of {len(board.rows)}" if len(rows) < len(board.rows) else ""
         axes.set_title(f"{board.title}{left_out}".replace("$", r"\$"), fontsize=10)
         axes.set_xlabel(f"{board.scale.name}, {100 * board.level:g} % intervals ({board.method})")
