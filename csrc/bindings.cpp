@@ -288,6 +288,7 @@ void register_cpu(py::module_ m) {
         py::gil_scoped_release release;
         cpu::bradley_terry(args, threads);
     });
+    m.def("invert", [](uintptr_t matrix, int64_t n) { return cpu::invert(reinterpret_cast<double*>(matrix), n); });
     m.def("isa", cpu::isa);
     m.def("isas", cpu::isas);
 }

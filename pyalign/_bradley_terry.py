@@ -301,7 +301,7 @@ class _Model:
             )
         curvature = _solver.curvature(self.probabilities, _sums(self.design, self.units))
         hessian = _solver.hessian(self.design, curvature, self.prior)
-        return np.linalg.inv(_solver.fix_gauge(hessian, players)).astype(np.float64, copy=False)
+        return _solver.inverse(_solver.fix_gauge(hessian, players))
 
     @cached_property
     def covariance(self) -> Floats:

@@ -111,6 +111,8 @@ def explain(
     groups = [players[group].tolist() for group in groups]
     unbeaten = [group for number, group in enumerate(groups) if number not in lost]
     beaten = [group for number, group in enumerate(groups) if number not in won]
+    if len(groups) == 2:  # the smaller one's story is the other's
+        unbeaten, beaten = (unbeaten, []) if len(unbeaten[0]) <= len(beaten[0]) else ([], beaten)
     parts: list[str] = []
     for named, verb in ((unbeaten, "won"), (beaten, "lost")):
         alone = sorted(group[0] for group in named if len(group) == 1)

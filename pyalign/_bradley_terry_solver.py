@@ -18,6 +18,7 @@ from pyalign._bradley_terry_graph import Bools, Ints
 
 Floats = NDArray[np.float64]
 
+SMALL_MATRIX = 256  # up to here one thread inverts faster than a BLAS gathers its own on a busy machine
 DENSE_PARAMETERS = 2048  # up to here Hessians may be factorised
 MAX_ITERATIONS = 200
 DRAWS_PER_UNIT = 20  # with fewer battles than this per unit, drawing them one by one costs less than binomials
@@ -197,6 +198,15 @@ def fix_gauge(matrix: Floats, num_players: int) -> Floats:
     fixed = matrix.copy()
     fixed[:num_players, :num_players] += scale or 1.0
     return fixed
+
+
+def inverse(matrix: Floats) -> Floats:
+    """Of a symmetric positive definite matrix."""
+    if len(matrix) <= SMALL_MATRIX:
+        out = np.ascontiguousarray(matrix).copy()
+        if _C.cpu.invert(out.ctypes.data, len(out)):
+            return out
+    return np.linalg.inv(matrix).astype(np.float64, copy=False)
 
 
 # ---- Whether the covariates can be told from the players ----

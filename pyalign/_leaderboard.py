@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,5 +221,6 @@ def draw(path: Path, boards: Sequence[Board]) -> None:
         axes.set_title(f"{board.title}{left_out}".replace("$", r"\$"), fontsize=10)
         axes.set_xlabel(f"{board.scale.name}, {100 * board.level:g} % intervals ({board.method})")
         axes.grid(axis="x", alpha=0.3)
-    with atomic_file(path) as temporary:
+    with atomic_file(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a script that the font lacks: drawn as boxes
         figure.savefig(temporary, format="png")

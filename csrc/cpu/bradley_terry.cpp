@@ -30,6 +30,23 @@ double dot(const double* x, const double* y, int64_t size) {
 
 double dot(const Vector& x, const Vector& y) { return dot(x.data(), y.data(), static_cast<int64_t>(x.size())); }
 
+void add_multiple(double factor, const double* x, double* to, int64_t size) {
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) to[i] += factor * x[i];
+}
+
+// The lower triangle of a positive definite matrix to its Cholesky factor; false where it is none.
+bool factorise(double* matrix, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        double* row = matrix + i * n;
+        for (int64_t j = 0; j < i; ++j) row[j] = (row[j] - dot(row, matrix + j * n, j)) / matrix[j * n + j];
+        const double pivot = row[i] - dot(row, row, i);
+        if (!(pivot > 0)) return false;
+        row[i] = std::sqrt(pivot);
+    }
+    return true;
+}
+
 // xoshiro256++ (Blackman and Vigna 2019), seeded through splitmix64.
 class Random {
   public:
@@ -369,13 +386,7 @@ class Fit {
         for (int64_t i = 0; i < a_.players; ++i)
             for (int64_t j = 0; j <= i; ++j) matrix_[i * n_ + j] += along_a_shift;
 
-        for (int64_t i = 0; i < n_; ++i) {
-            double* row = &matrix_[i * n_];
-            for (int64_t j = 0; j < i; ++j) row[j] = (row[j] - dot(row, &matrix_[j * n_], j)) / matrix_[j * n_ + j];
-            const double pivot = row[i] - dot(row, row, i);
-            if (!(pivot > 0)) return false;
-            row[i] = std::sqrt(pivot);
-        }
+        if (!factorise(matrix_.data(), n_)) return false;
         for (int64_t i = 0; i < n_; ++i)
             step_[i] = (gradient_[i] - dot(&matrix_[i * n_], step_.data(), i)) / matrix_[i * n_ + i];
         for (int64_t i = n_ - 1; i >= 0; --i) {
@@ -443,6 +454,23 @@ class Fit {
 };
 
 }  // namespace
+
+bool invert(double* matrix, int64_t n) {
+    if (!factorise(matrix, n)) return false;
+    Vector inverse(n * n, 0.0);  // of the factor, by rows
+    for (int64_t i = 0; i < n; ++i) {
+        double* row = &inverse[i * n];
+        for (int64_t k = 0; k < i; ++k) add_multiple(-matrix[i * n + k], &inverse[k * n], row, k + 1);
+        for (int64_t j = 0; j < i; ++j) row[j] /= matrix[i * n + i];
+        row[i] = 1 / matrix[i * n + i];
+    }
+    std::fill(matrix, matrix + n * n, 0.0);
+    for (int64_t k = 0; k < n; ++k)
+        for (int64_t i = 0; i <= k; ++i) add_multiple(inverse[k * n + i], &inverse[k * n], matrix + i * n, i + 1);
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j < i; ++j) matrix[j * n + i] = matrix[i * n + j];
+    return true;
+}
 
 void bradley_terry(const BradleyTerryArgs& args, int threads) {
     const int64_t share = (args.samples + 4 * threads - 1) / (4 * threads);

@@ -34,6 +34,10 @@ void score_gradient(const ScoreGradientArgs& args, int threads);
 // One fit per sample, samples over threads.
 void bradley_terry(const BradleyTerryArgs& args, int threads);
 
+// The inverse of a symmetric positive definite [n, n] of which the lower triangle is read, in place; false where it is
+// not positive definite. For small ones: one thread, so that it never waits for those of a BLAS on a busy machine.
+bool invert(double* matrix, int64_t n);
+
 // The instruction set that was chosen for this machine (or by PYALIGN_CPU_ISA), and those compiled in.
 std::string isa();
 std::vector<std::string> isas();
