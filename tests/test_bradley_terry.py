@@ -107,6 +107,7 @@ every_case = pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 # ---- Golden values ----
 
 
+@pytest.mark.smoke
 def test_two_players_have_a_closed_form():
     """7 wins to 3: log-odds log(7/3) with standard error sqrt(1/7 + 1/3)."""
     fit = bradley_terry([0] * 7 + [1] * 3, [1] * 7 + [0] * 3, num_players=2)
@@ -124,6 +125,7 @@ def test_two_players_have_a_closed_form():
     close(anchored.win_probabilities(), torch.tensor([[0.5, 0.7], [0.3, 0.5]], dtype=torch.float64))
 
 
+@pytest.mark.smoke
 def test_two_players_that_tie_have_a_closed_form():
     """Davidson: w, l, t fix p_win : p_loss : p_tie, and nu = t / sqrt(w l)."""
     winners, losers = [0] * 6 + [1] * 2 + [0] * 4, [1] * 6 + [0] * 2 + [1] * 4
@@ -238,9 +240,13 @@ def test_standard_errors_are_those_of_the_numerical_hessian(options: dict[str, A
             )
 
 
+@pytest.mark.parametrize("draws_per_unit", [0, 10**9], ids=["binomials", "draws"])
 @pytest.mark.parametrize("name", ["plain", "davidson", "covariates", "weight"])
-def test_robust_standard_errors_are_those_of_the_bootstrap(name: str):
-    """To its own error, 1 / sqrt(2 * 2000) = 1.6 %, four times over, on 4,000 battles."""
+def test_robust_standard_errors_are_those_of_the_bootstrap(
+    name: str, draws_per_unit: int, monkeypatch: pytest.MonkeyPatch
+):
+    """To its own error, 1 / sqrt(2 * 2000) = 1.6 %, four times over, on 4,000 battles, by either sampler."""
+    monkeypatch.setattr(solver, "DRAWS_PER_UNIT", draws_per_unit)
     winners, losers, ties = simulate_ties(6, 4000, nu=0.6, seed=9)
     options: dict[str, Any] = {
         "plain": {"ties": ties},
@@ -461,6 +467,7 @@ def test_a_tie_connects_both_ways():
         ([(0, 1), (1, 0)], [True, True], False),
     ],
 )
+@pytest.mark.smoke
 def test_when_davidsons_maximum_exists(battles: list[tuple[int, int]], ties: list[bool], exists: bool):
     winners, losers = [w for w, _ in battles], [b for _, b in battles]
     players = max(winners + losers) + 1
@@ -496,6 +503,7 @@ def test_the_bootstrap_is_determined_by_its_seed(threads: Callable[[int], None])
 
 
 @every_case
+@pytest.mark.smoke
 def test_replicates_are_fits_to_resampled_battles(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     """Every replicate against an ordinary fit to the battles that were drawn."""
     drawn: list[Any] = []
@@ -533,6 +541,7 @@ def test_replicates_are_fits_to_resampled_battles(options: dict[str, Any], monke
             assert float(fit.bootstrap.tie_parameter[k]) == pytest.approx(other.tie_parameter, rel=1e-6)
 
 
+@pytest.mark.smoke
 def test_replicates_without_a_maximum_are_counted():
     """Player 2 loses its only win in (1 - 1/21)^21 = 36 % of the samples."""
     winners, losers = [0] * 5 + [1] * 5 + [0] * 5 + [2] + [1] * 5, [1] * 5 + [0] * 5 + [2] * 5 + [1] + [2] * 5
@@ -547,6 +556,7 @@ def test_replicates_without_a_maximum_are_counted():
     assert held.bootstrap.without_maximum == 0
 
 
+@pytest.mark.smoke
 def test_a_replicate_that_a_covariate_separates_is_counted():
     """The covariate is right but for two battles, one won by either player: 1 - (1 - 1/e)^2 = 60 % lack one of them."""
     winners = np.arange(40) % 2
@@ -664,6 +674,7 @@ def test_weights_of_any_size(scale: float):
     close(fit.strengths, bradley_terry(W, L, num_players=6, weight=WEIGHT).strengths, atol=1e-8)
 
 
+@pytest.mark.smoke
 def test_a_ladder_of_players_that_beat_only_their_neighbours():
     """Gaps of log 9 between neighbours, 44 in all: closed form, and nothing near it at the start."""
     below = np.arange(20)
@@ -694,6 +705,15 @@ def test_one_player():
     fit = bradley_terry([], [], num_players=1, prior=1.0)
     assert fit.strengths.tolist() == [0.0]
     assert bradley_terry([], [], num_players=3, prior=2.0).strengths.tolist() == [0.0] * 3
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("size", [1, 2, 33, 256, 257])
+def test_inverses(size: int):
+    a = np.random.default_rng(size).normal(size=(size, size))
+    a = a @ a.T + np.eye(size)
+    close(solver.inverse(a) @ a, np.eye(size))
+    assert np.array_equal(solver.inverse(a), solver.inverse(a))
 
 
 # ---- Refusals ----
