@@ -538,7 +538,8 @@ def _outside(parameters: Floats, model: _Model, outside: int, level: float) -> t
     strengths = np.full((len(parameters), outside), np.nan)
     strengths[:, model.players] = inside
     coefficients = parameters[:, count : count + model.design.covariates.shape[1]].copy()
-    nu = torch.from_numpy(np.exp(parameters[:, -1])) if model.design.davidson else None
+    with np.errstate(over="ignore"):
+        nu = torch.from_numpy(np.exp(parameters[:, -1])) if model.design.davidson else None
     return torch.from_numpy(strengths), torch.from_numpy(coefficients), nu
 
 

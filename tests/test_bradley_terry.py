@@ -485,6 +485,51 @@ def test_when_davidsons_maximum_exists(battles: list[tuple[int, int]], ties: lis
         assert bool(fit(prior=0.1).strengths.isfinite().all())
 
 
+def separates(winners: Any, losers: Any, ties: Any, covariates: Any, players: int, davidson: bool) -> bool:
+    """Whether some direction lets no observed outcome lose, or leaves all as they are, by linear programming."""
+    optimize = pytest.importorskip("scipy.optimize")
+    count, features = covariates.shape
+    x = np.zeros((count, players + features + davidson))
+    x[np.arange(count), winners] = 1
+    x[np.arange(count), losers] = -1
+    x[:, players : players + features] = covariates
+    log_nu = np.zeros(x.shape[1])
+    log_nu[-1] = davidson
+    margins: list[Any] = []  # of the observed outcome's logit over those of the others
+    for u, tie in zip(x, ties, strict=True):
+        if davidson:
+            margins += [log_nu - u / 2, log_nu + u / 2] if tie else [u, u / 2 - log_nu]
+        else:
+            margins += [u, -u] if tie else [u]
+    a = np.array(margins)[:, 1:]  # the first player stays where it is
+    best = optimize.linprog(-a.sum(0), A_ub=-a, b_ub=np.zeros(len(a)), bounds=[(-1, 1)] * a.shape[1])
+    return -best.fun > 1e-7 or np.linalg.matrix_rank(a) < a.shape[1]
+
+
+def test_a_maximum_exists_where_linear_programming_has_it():
+    rng = np.random.default_rng(0)
+    found = {False: 0, True: 0}
+    for _ in range(250):
+        players, count, features = int(rng.integers(2, 6)), int(rng.integers(3, 25)), int(rng.integers(0, 3))
+        winners = rng.integers(0, players, count)
+        losers = (winners + rng.integers(1, players, count)) % players
+        ties = rng.random(count) < rng.choice([0.0, 0.3])
+        z = rng.normal(size=(count, features)) if rng.random() < 0.5 else rng.integers(-1, 2, (count, features)) * 1.0
+        davidson = bool(rng.integers(0, 2))
+        try:
+            fit = bradley_terry(
+                winners, losers, num_players=players, ties=ties, covariates=z if features else None,
+                tie_model="davidson" if davidson else "half",
+            )  # fmt: skip
+            assert fit.gradient_norm < 1e-6
+            exists = True
+        except NoMaximumError:
+            exists = False
+        assert exists is not separates(winners, losers, ties, z, players, davidson)
+        found[exists] += 1
+    assert min(found.values()) > 80
+
+
 # ---- The bootstrap ----
 
 

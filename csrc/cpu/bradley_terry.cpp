@@ -263,42 +263,72 @@ class Fit {
         for (int64_t f = 0; f < a_.features; ++f) diagonal_[a_.players + f] += z[f] * z[f] * value;
     }
 
-    // Gradient and curvature at theta; the probabilities are exact however small, and nothing cancels.
+    // First and second derivatives of an edge's log-likelihood; the curvatures are negated. The probabilities are exact
+    // however small, and nothing cancels.
+    struct Derivatives {
+        double u, log_nu = 0, uu, mixed = 0, ties = 0;
+    };
+
+    Derivatives differentiate(int64_t e, double u, double log_nu) const {
+        const double w = wins_[e], l = losses_[e];
+        Derivatives d;
+        if (!a_.davidson) {
+            const double x = std::exp(-std::fabs(u)), large = 1 / (1 + x), small = x * large;
+            d.u = u >= 0 ? w * small - l * large : w * large - l * small;
+            d.uu = (w + l) * (large * small);
+            return d;
+        }
+        const double half = 0.5 * u, top = std::max(std::fabs(half), log_nu), t = ties_[e], total = w + l + t;
+        double win = std::exp(half - top), loss = std::exp(-half - top), tie = std::exp(log_nu - top);
+        const double scale = 1 / (win + loss + tie);
+        win *= scale, loss *= scale, tie *= scale;
+        d.u = w * (loss + 0.5 * tie) - l * (win + 0.5 * tie) - 0.5 * t * (win - loss);
+        d.log_nu = t * (win + loss) - (w + l) * tie;
+        d.uu = total * (win * loss + 0.25 * tie * (win + loss));
+        d.mixed = -0.5 * total * (win - loss) * tie;
+        d.ties = total * tie * (win + loss);
+        return d;
+    }
+
+    double log_nu(const Vector& x) const { return a_.davidson ? x[n_ - 1] : 0; }
+
+    // Gradient, curvature and the Hessian's diagonal at theta.
     void differentiate() {
         std::fill(gradient_.begin(), gradient_.end(), 0.0);
         std::fill(diagonal_.begin(), diagonal_.end(), 0.0);
-        double of_ties = 0, curve_of_ties = 0;
+        double of_ties = 0;
+        curve_of_ties_ = 0;
         for (int64_t e = 0; e < a_.edges; ++e) {
-            const double u = log_odds(e, theta_), w = wins_[e], l = losses_[e];
-            double slope;
-            if (!a_.davidson) {
-                // p_win = 1 / (1 + x) where u >= 0, so that x does not overflow.
-                const double x = std::exp(-std::fabs(u)), large = 1 / (1 + x), small = x * large;
-                const double win = u >= 0 ? large : small, loss = u >= 0 ? small : large;
-                slope = w * loss - l * win;
-                curve_[e] = (w + l) * (large * small);
-            } else {
-                const double log_nu = theta_[n_ - 1], half = 0.5 * u, top = std::max(std::fabs(half), log_nu);
-                double win = std::exp(half - top), loss = std::exp(-half - top), tie = std::exp(log_nu - top);
-                const double scale = 1 / (win + loss + tie), t = ties_[e], total = w + l + t;
-                win *= scale, loss *= scale, tie *= scale;
-                slope = w * (loss + 0.5 * tie) - l * (win + 0.5 * tie) - 0.5 * t * (win - loss);
-                of_ties += t * (win + loss) - (w + l) * tie;
-                curve_[e] = total * (win * loss + 0.25 * tie * (win + loss));
-                mixed_[e] = -0.5 * total * (win - loss) * tie;
-                curve_of_ties += total * tie * (win + loss);
+            const Derivatives d = differentiate(e, log_odds(e, theta_), log_nu(theta_));
+            add(e, d.u, gradient_);
+            add_squares(e, d.uu);
+            curve_[e] = d.uu;
+            if (a_.davidson) {
+                mixed_[e] = d.mixed;
+                of_ties += d.log_nu;
+                curve_of_ties_ += d.ties;
             }
-            add(e, slope, gradient_);
-            add_squares(e, curve_[e]);
         }
-        if (a_.davidson) gradient_[n_ - 1] = of_ties, diagonal_[n_ - 1] = curve_of_ties;
-        curve_of_ties_ = curve_of_ties;
+        if (a_.davidson) gradient_[n_ - 1] = of_ties, diagonal_[n_ - 1] = curve_of_ties_;
         for (int64_t i = 0; i < penalised_; ++i) {
             gradient_[i] -= a_.prior * theta_[i];
             diagonal_[i] += a_.prior;
         }
         for (double& d : diagonal_)
             if (!(d > 0)) d = 1;
+    }
+
+    // The slope of the log-likelihood along the step, at `length` times the step.
+    double slope(double length) const {
+        double sum = 0;
+        for (int64_t e = 0; e < a_.edges; ++e) {
+            const double moved = log_odds(e, step_);
+            const double nu = log_nu(theta_) + length * log_nu(step_);
+            const Derivatives d = differentiate(e, log_odds(e, theta_) + length * moved, nu);
+            sum += d.u * moved + d.log_nu * log_nu(step_);
+        }
+        for (int64_t i = 0; i < penalised_; ++i) sum -= a_.prior * (theta_[i] + length * step_[i]) * step_[i];
+        return sum;
     }
 
     // product = H x
@@ -414,12 +444,22 @@ class Fit {
             const bool solved = conjugate_gradients(std::min(0.1, std::max(1e-5, relative)), most);
             if (!solved && dense && !cholesky())
                 return separable && recedes(1e-3) ? FitStatus::kNoMaximum : FitStatus::kNotConverged;
-            double reach = 0, largest = 0;
-            for (int64_t e = 0; e < a_.edges; ++e) reach = std::max(reach, std::fabs(log_odds(e, step_)));
+            double reach = 0, largest = 0, farthest = 0;
+            for (int64_t e = 0; e < a_.edges; ++e) {
+                reach = std::max(reach, std::fabs(log_odds(e, step_)));
+                farthest = std::max(farthest, std::fabs(log_odds(e, theta_)));
+            }
             if (a_.davidson) reach = std::max(reach, 0.5 * reach + std::fabs(step_[n_ - 1]));
             for (double s : step_) largest = std::max(largest, std::fabs(s));
             if (!std::isfinite(reach + largest)) return FitStatus::kNotConverged;
-            const double length = reach > 1 ? std::log1p(reach) / reach : 1;
+            double length = 1;
+            if (reach > 1) {
+                // Longer where that does not pass the maximum along the step, if it no more than doubles the log-odds.
+                const double sure = std::log1p(reach) / reach;
+                length = std::min(1.0, (1 + farthest) / reach);
+                while (length > sure && !(slope(length) >= 0)) length *= 0.5;
+                length = std::max(length, sure);
+            }
             for (int64_t i = 0; i < n_; ++i) theta_[i] += length * step_[i];
             const bool at_rounding = largest < 1e-6 && largest > 0.5 * previous;
             if (largest <= a_.tolerance || at_rounding) return FitStatus::kConverged;
