@@ -30,13 +30,15 @@ Array = Tensor | NDArray[Any] | Sequence[Any]
 
 
 class NoMaximumError(ValueError):
-    """The likelihood rises forever, or has no single maximum; ``groups`` are the players that the message names."""
+    """The likelihood rises forever, or has no single maximum; ``groups`` are the players that the message names.
 
-    def __init__(self, problem: str, groups: list[list[int]]):
-        super().__init__(
-            f"{problem}. Plain maximum likelihood has no maximum there; a prior gives it one: prior=0.1, say"
-        )
-        self.problem, self.groups = problem, groups
+    ``prior_helps`` says whether a prior would give it one.
+    """
+
+    def __init__(self, problem: str, groups: list[list[int]], *, prior_helps: bool = True):
+        hint = ". Plain maximum likelihood has no maximum there; a prior gives it one: prior=0.1, say"
+        super().__init__(problem + (hint if prior_helps else ""))
+        self.problem, self.groups, self.prior_helps = problem, groups, prior_helps
 
 
 class ConvergenceError(RuntimeError):
@@ -92,7 +94,7 @@ class Bootstrap(NamedTuple):
     """Replicates whose likelihood has none (a player won everything there, say); they are left out of the rest."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BradleyTerryFit:
     """What :func:`bradley_terry` found; tensors are float64 on the CPU, strengths in natural log units.
 
@@ -181,17 +183,15 @@ class BradleyTerryFit:
             level: 0 < level < 1, of each interval by itself.
             robust: normal intervals from the sandwich, also where there is a bootstrap.
         """
-        errors = None if self.bootstrap is not None and not robust else self.robust_standard_errors if robust else None
-        samples = None if robust or self.bootstrap is None else self.bootstrap.strengths
-        if samples is None and errors is None:
-            errors = self.standard_errors
-        return _intervals(self.strengths, samples, errors, level)
+        if self.bootstrap is not None and not robust:
+            return _percentiles(self.bootstrap.strengths, level)
+        return _normal(self.strengths, self.robust_standard_errors if robust else self.standard_errors, level)
 
     def coefficient_intervals(self, level: float = 0.95) -> Intervals:
         """Intervals of the (F,) coefficients: percentiles of the bootstrap where there is one, else normal ones."""
-        if self.bootstrap is None:
-            return _intervals(self.coefficients, None, self.coefficient_standard_errors, level)
-        return _intervals(self.coefficients, self.bootstrap.coefficients, None, level)
+        if self.bootstrap is not None:
+            return _percentiles(self.bootstrap.coefficients, level)
+        return _normal(self.coefficients, self.coefficient_standard_errors, level)
 
     def ranks(self, level: float = 0.95) -> Ranks:
         """Ranks by strength, and the best and worst that the intervals at ``level`` leave open."""
@@ -230,17 +230,21 @@ class BradleyTerryFit:
             scale: points of a factor of ten in the odds.
             base: the rating of strength 0. A player's rating r is fixed by ``anchor=(player, (r - base) / 173.718)``.
             level: of the intervals, as in :meth:`intervals_at`.
+
+        Standard errors are NaN for more players than have them, where the intervals come from a bootstrap.
         """
         unit = _checks.positive("scale", scale) / math.log(10)
         base = _checks.finite("base", base)
         lower, upper, level, method = self.intervals_at(level)
         ratings, lower, upper = (base + unit * x for x in (self.strengths, lower, upper))
-        return EloRatings(ratings, lower, upper, unit * self.standard_errors, level, method)
+        affordable = self._model.design.num_players <= MAX_COVARIANCE_PLAYERS
+        errors = unit * self.standard_errors if affordable else torch.full_like(self.strengths, math.nan)
+        return EloRatings(ratings, lower, upper, errors, level, method)
 
     def _outcomes(self) -> tuple[Tensor, Tensor]:
         s = self.strengths.numpy()
         u = s[:, None] - s
-        log_nu = None if self.tie_parameter is None else math.log(self.tie_parameter)
+        log_nu = None if self.tie_parameter is None else float(self._model.parameters[-1])
         p = _solver.probabilities(u, log_nu)
         return torch.from_numpy(p.win), torch.from_numpy(np.zeros_like(p.win) if p.tie is None else p.tie)
 
@@ -259,23 +263,29 @@ def _root(variances: Tensor) -> Tensor:
     return variances.clamp(min=0).sqrt()  # an anchor's 0, but for rounding
 
 
-def _intervals(estimate: Tensor, samples: Tensor | None, errors: Tensor | None, level: float) -> Intervals:
-    level = _checks.number("level", level, "0 < level < 1", lambda x: 0 < x < 1)
-    if samples is not None:
-        if not len(samples):
-            nothing = torch.full_like(estimate, math.nan)
-            return Intervals(nothing, nothing.clone(), level, "percentile")
-        limits = np.quantile(samples.numpy(), [(1 - level) / 2, (1 + level) / 2], axis=0)
-        return Intervals(torch.from_numpy(limits[0]), torch.from_numpy(limits[1]), level, "percentile")
-    assert errors is not None
+def _percentiles(samples: Tensor, level: float) -> Intervals:
+    """Of (K, ...) samples; NaN where there are none."""
+    level = _level(level)
+    if not len(samples):
+        return Intervals(*samples.new_full((2, *samples.shape[1:]), math.nan), level, "percentile")
+    limits = np.quantile(samples.numpy(), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return Intervals(*torch.from_numpy(limits), level, "percentile")
+
+
+def _normal(estimate: Tensor, errors: Tensor, level: float) -> Intervals:
+    level = _level(level)
     reach = NormalDist().inv_cdf((1 + level) / 2) * errors
     return Intervals(estimate - reach, estimate + reach, level, "normal")
+
+
+def _level(level: object) -> float:
+    return _checks.number("level", level, "0 < level < 1", lambda x: 0 < x < 1)
 
 
 # ---- The fitted model, in its own numbering of players ----
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Model:
     design: Design
     units: Units
@@ -460,6 +470,8 @@ def _fit(rows: _Rows, settings: _Settings, category: Hashable | None) -> Bradley
     if category is not None and settings.prior is None:
         seen = np.zeros(outside, bool)
         seen[rows.winners] = seen[rows.losers] = True
+        if not seen.any():
+            raise NoMaximumError(f"{where}no battle has a weight", [])
         players, number = np.flatnonzero(seen), np.cumsum(seen) - 1
         rows, num_players = rows._replace(winners=number[rows.winners], losers=number[rows.losers]), len(players)
         if anchor is not None:
@@ -504,7 +516,8 @@ def _require_maximum(design: Design, data: _solver.Battles, settings: _Settings,
     tied = np.zeros_like(up) if data.ties is None else data.ties > 0
     if design.davidson and not (tied.any() and (up | down).any()):
         found = "no tie" if not tied.any() else "nothing but ties"
-        raise NoMaximumError(f"{where}tie_model: got 'davidson' with {found}; its tie parameter wants both kinds", [])
+        problem = f"{where}tie_model: got 'davidson' with {found}; wanted both kinds for its parameter, or 'half'"
+        raise NoMaximumError(problem, [], prior_helps=False)
     if settings.prior is not None:
         return
     everyone = players.tolist()
@@ -634,9 +647,8 @@ def _checked(
     seed: int = 0,
     counts: Array | None = None,
 ) -> tuple[_Rows, _Settings]:
-    for name, value, least in (("num_players", num_players, 1), ("bootstrap", bootstrap, 0), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
-            _checks.refuse(name, repr(value), f"an int >= {least}")
+    num_players = _integer("num_players", num_players, 1)
+    bootstrap, seed = _integer("bootstrap", bootstrap, 0), _integer("seed", seed, 0)
     _checks.one_of("tie_model", tie_model, TIE_MODELS)
     if prior is not None:
         prior = _checks.number("prior", prior, "None or a finite number > 0", lambda x: x > 0)
@@ -661,6 +673,12 @@ def _checked(
         _checks.refuse("counts", f"{rows.counts.astype(np.float64).sum():.3g} battles", "fewer than 2^62 in all")
     fixed = _anchor(anchor, num_players)
     return rows, _Settings(num_players, tie_model == "davidson", prior, fixed, bootstrap, seed, range(num_players))
+
+
+def _integer(name: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not least <= value < 2**63:
+        _checks.refuse(name, repr(value), f"an int >= {least}")
+    return int(value)
 
 
 def _array(name: str, x: object, kinds: str, wanted: str) -> NDArray[Any]:
@@ -722,9 +740,9 @@ def _anchor(anchor: object, num_players: int) -> tuple[int, float] | None:
         return None
     player, strength = anchor if isinstance(anchor, tuple) and len(anchor) == 2 else (anchor, 0.0)
     wanted = f"a player in [0, {num_players}), or (player, strength)"
-    if isinstance(player, bool) or not isinstance(player, int) or not 0 <= player < num_players:
+    if isinstance(player, bool) or not isinstance(player, (int, np.integer)) or not 0 <= player < num_players:
         _checks.refuse("anchor", repr(anchor), wanted)
-    return player, _checks.number("anchor", strength, wanted + " with a finite strength", lambda x: True)
+    return int(player), _checks.number("anchor", strength, wanted + " with a finite strength", lambda x: True)
 
 
 def _labels(category: object, count: int) -> tuple[list[Hashable], Ints]:

@@ -262,7 +262,7 @@ class Fits(NamedTuple):
     parameters: Floats  # (S, n), strengths centred
     status: NDArray[np.int8]  # (S,)
     iterations: NDArray[np.int32]  # (S,)
-    gradient: Floats  # (S, n) of the penalised log-likelihood
+    gradient: Floats  # (S, n) of the penalised log-likelihood; (0, n) for replicates
 
 
 def fit(design: Design, units: Units, prior: float) -> Fits:
@@ -306,7 +306,10 @@ def _solve(
     """Fits to samples with (S, U) ``counts`` of the units, or to ``samples`` that are drawn from ``unit_of``."""
     size = len(counts) if counts is not None else samples or 0
     out = Fits(
-        np.empty((size, design.size)), np.empty(size, np.int8), np.empty(size, np.int32), np.empty((size, design.size))
+        np.empty((size, design.size)),
+        np.empty(size, np.int8),
+        np.empty(size, np.int32),
+        np.empty((0 if check else size, design.size)),
     )
     arrays = design.first, design.second, np.ascontiguousarray(design.covariates), units.edge, units.outcome
     first, second, covariates, edge, outcome = (x.ctypes.data for x in arrays)
@@ -317,7 +320,7 @@ def _solve(
         (len(units.edge), edge, outcome, weight.ctypes.data),
         (_address(counts), _address(unit_of), battles, seed, 0),
         (prior, tolerance, DENSE_PARAMETERS, start.ctypes.data, check),
-        (size, *(_address(x) for x in (out.parameters, out.gradient, out.status, out.iterations))),
+        (size, *(_address(x) if len(x) else 0 for x in (out.parameters, out.gradient, out.status, out.iterations))),
         torch.get_num_threads(),
     )
     return out

@@ -749,7 +749,21 @@ def test_many_players_go_without_dense_matrices(monkeypatch: pytest.MonkeyPatch)
 def test_one_player():
     fit = bradley_terry([], [], num_players=1, prior=1.0)
     assert fit.strengths.tolist() == [0.0]
-    assert bradley_terry([], [], num_players=3, prior=2.0).strengths.tolist() == [0.0] * 3
+    empty = bradley_terry([], [], num_players=3, prior=2.0, bootstrap=2)
+    assert empty.strengths.tolist() == [0.0] * 3
+    assert empty.bootstrap is not None
+    assert empty.bootstrap.strengths.tolist() == [[0.0] * 3] * 2
+    close(empty.standard_errors, torch.full((3,), math.sqrt((1 - 1 / 3) / 2)))
+
+
+def test_integers_of_any_kind_and_categories_without_weight():
+    fit = bradley_terry(
+        torch.from_numpy(W).to(torch.uint8), L.astype(np.int16), num_players=np.int64(6), anchor=np.int32(2)
+    )
+    close(fit.strengths, bradley_terry(W.tolist(), L.tolist(), num_players=6, anchor=2).strengths)
+    last = np.arange(400) >= 390
+    with pytest.raises(NoMaximumError, match="category 1: no battle has a weight"):
+        bradley_terry(W, L, num_players=6, weight=np.where(last, 0, 1), category=last.astype(int))
 
 
 @pytest.mark.smoke

@@ -210,7 +210,8 @@ def _fit(
             seed=seed,
         )
     except NoMaximumError as error:
-        _refuse(f"{error.problem}. Plain maximum likelihood has no maximum there; --prior 0.1, say, gives it one")
+        hint = ". Plain maximum likelihood has no maximum there; --prior 0.1, say, gives it one"
+        _refuse(error.problem + (hint if error.prior_helps else ""))
     except (ConvergenceError, ValueError) as error:
         _refuse(str(error))
 
