@@ -753,7 +753,7 @@ def test_one_player():
     assert empty.strengths.tolist() == [0.0] * 3
     assert empty.bootstrap is not None
     assert empty.bootstrap.strengths.tolist() == [[0.0] * 3] * 2
-    close(empty.standard_errors, torch.full((3,), math.sqrt((1 - 1 / 3) / 2)))
+    close(empty.standard_errors, np.full(3, math.sqrt((1 - 1 / 3) / 2)))
 
 
 def test_integers_of_any_kind_and_categories_without_weight():
