@@ -88,15 +88,15 @@ class _Layout:
     covariates: list[tuple[str, str | None]] = field(init=False)  # a column, or a's and b's to subtract
 
     def __post_init__(self) -> None:
-        c, there = self.columns, set(self.names)
-        self.pairs = {c.a, c.b, c.winner} <= there
+        c, there, usual = self.columns, set(self.names), Columns()
+        self.pairs = {c.a, c.b, c.winner} <= there and (c.loser, c.tie) == (usual.loser, usual.tie)
         if not self.pairs and not {c.winner, c.loser} <= there:
             raise BattlesError(
                 f"got the columns {', '.join(self.names) or '(none)'}; wanted {c.a}, {c.b} and {c.winner}, or "
                 f"{c.winner} and {c.loser}; options name other columns"
             )
         self.tie = c.tie if not self.pairs and c.tie in there else None
-        for name in (c.weight, c.count, c.category):
+        for name in (c.weight, c.count, c.category, None if c.tie == usual.tie else c.tie):
             if name is not None and name not in there:
                 raise BattlesError(f"got the columns {', '.join(self.names)}; wanted {name}")
         self.covariates = []
@@ -459,12 +459,12 @@ def _read_jsonl(path: Path, columns: Columns, collector: _Collector) -> None:
     with pa.input_stream(str(path)) as stream:
         for first_line, block in _line_blocks(stream):
             if layout is None:
-                sample = next((row for _, row in _json_rows(block, 1) if isinstance(row, dict)), None)
-                if sample is None and not block.strip():
+                if not block.strip():
                     continue
-                if sample is None:
-                    raise BattlesError("got no line that is a JSON object")
+                sample = _json_sample(block)
                 layout = _Layout(columns, list(sample))
+                if not layout.pairs:
+                    layout.tie = columns.tie  # a row without it is no tie
                 category = sample.get(columns.category) if columns.category is not None else None
                 kind = pa.bool_() if isinstance(category, bool) else pa.int64() if isinstance(category, int) else None
             _add_json_block(block, first_line, layout, kind, path, collector)
@@ -505,6 +505,17 @@ def _json_rows(block: bytes, first_line: int) -> Iterator[tuple[int, dict[str, A
             if not isinstance(row, dict):
                 row = f"got {type(row).__name__}; wanted a JSON object"
         yield line, row
+
+
+def _json_sample(block: bytes) -> dict[str, Any]:
+    """The fields of the first thousand rows, each with a value that it has."""
+    rows = [row for _, row in itertools.islice(_json_rows(block, 1), 1000) if isinstance(row, dict)]
+    if not rows:
+        raise BattlesError("got no line that is a JSON object")
+    sample: dict[str, Any] = {}
+    for row in rows:
+        sample.update({name: value for name, value in row.items() if sample.get(name) is None})
+    return sample
 
 
 def _add_json_block(

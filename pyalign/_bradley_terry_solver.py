@@ -276,7 +276,7 @@ def replicates(design: Design, units: Units, prior: float, start: Floats, count:
     battles, number = int(units.count.sum()), len(units.edge)
     # A step of 1e-5, taken with the tolerance that it then has, leaves errors of some 1e-9.
     settings: dict[str, Any] = {"prior": prior, "start": start, "tolerance": 1e-5, "check": True}
-    if battles <= DRAWS_PER_UNIT * number:
+    if battles <= DRAWS_PER_UNIT * number and battles < 2**32:
         unit_of = np.repeat(np.arange(number, dtype=np.int32), units.count)
         return _solve(design, units, samples=count, unit_of=unit_of, seed=seed, **settings)
     share, parts = units.count / battles, list[Fits]()

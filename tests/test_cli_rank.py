@@ -164,6 +164,22 @@ def test_winner_and_loser_with_ties(tmp_path: Path):
         check(ranked(tmp_path, path, *options), expected(ROWS))
 
 
+def test_columns_that_are_named_are_used(tmp_path: Path):
+    """A tie that the first line of a JSONL lacks; --loser-column chooses winner and loser over model_a and model_b."""
+    lines = [{"winner": "a", "loser": "b"}, {"winner": "b", "loser": "a"}, {"winner": "b", "loser": "a", "tie": True}]
+    board = ranked(tmp_path, write(tmp_path / "t.jsonl", lines), "--bootstrap", 0)
+    assert by_name(board, "ties") == {"a": 1, "b": 1}
+    late = [{**row, "group": "x"} if i else row for i, row in enumerate(lines)]
+    result = run(write(tmp_path / "g.jsonl", late), "--category-column", "group", code=1)
+    assert "line 1: no group" in result.stderr
+    rows = [{**r, "won": "x" if i % 3 else "y", "lost": "y" if i % 3 else "x"} for i, r in enumerate(ROWS)]
+    path = write(tmp_path / "b.csv", rows)
+    board = ranked(tmp_path, path, "--winner-column", "won", "--loser-column", "lost", "--bootstrap", 0)
+    assert sorted(by_name(board)) == ["x", "y"]
+    missing = run(path, "--winner-column", "won", "--loser-column", "lost", "--tie-column", "draw", code=1)
+    assert "wanted draw" in missing.stderr
+
+
 def test_the_winner_may_be_named(tmp_path: Path):
     rows = [{**row, "winner": row.get(row["winner"], "draw")} for row in ROWS]
     check(ranked(tmp_path, write(tmp_path / "b.csv", rows), "--bootstrap", 0), expected(ROWS))

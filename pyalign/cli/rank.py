@@ -235,7 +235,7 @@ def _show(board: Board, limit: int | None, console: Any, say: Any) -> None:
     if board.fit.tie_parameter is not None:
         console.print(f"tie parameter {board.fit.tie_parameter:.3f}", highlight=False)
     for row in board.covariates:
-        text = f"{row.name}: {row.coefficient:+.4f} log-odds per unit, {row.lower:+.4f} to {row.upper:+.4f}"
+        text = f"{row.name}: {row.coefficient:+.4g} log-odds per unit, {row.lower:+.4g} to {row.upper:+.4g}"
         console.print(text, markup=False, highlight=False)
     bootstrap = board.fit.bootstrap
     if bootstrap is not None and bootstrap.without_maximum:
