@@ -7,6 +7,7 @@ fits choix makes in the time of all bootstrap replicates.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyalign import bradley_terry
+from pyalign._battles import Columns, read_battles
 from pyalign.benchmark import interleaved
 
 CPU = torch.device("cpu")
@@ -87,6 +89,19 @@ def test_bradley_terry_many_players(benchmark: Any) -> None:
         "bootstrap_of_10": lambda: bradley_terry(winners, losers, num_players=players, prior=0.1, bootstrap=10),
     }
     measure(benchmark, functions, rounds=1)
+
+
+def test_battles_from_csv(benchmark: Any, tmp_path: Path) -> None:
+    """2,000,000 rows of model_a, model_b, winner."""
+    csv = pytest.importorskip("pyarrow.csv")
+    pyarrow = pytest.importorskip("pyarrow")
+    count = 1000 if benchmark.disabled else 2_000_000
+    winners, losers = (x.numpy() for x in battles(100, count))
+    names = np.array([f"model-{i:03d}" for i in range(100)])
+    kinds = np.array(["model_a", "tie", "tie (bothbad)"])[np.arange(count) % 20 // 18]
+    columns = {"model_a": names[winners], "model_b": names[losers], "winner": kinds}
+    csv.write_csv(pyarrow.table(columns), tmp_path / "battles.csv")
+    measure(benchmark, {"read": lambda: read_battles([tmp_path / "battles.csv"], Columns())}, rounds=3)
 
 
 def test_bradley_terry_covariates(benchmark: Any) -> None:
