@@ -267,9 +267,11 @@ def _percentiles(samples: Tensor, level: float) -> Intervals:
     """Of (K, ...) samples; NaN where there are none."""
     level = _level(level)
     if not len(samples):
-        return Intervals(*samples.new_full((2, *samples.shape[1:]), math.nan), level, "percentile")
-    limits = np.quantile(samples.numpy(), [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return Intervals(*torch.from_numpy(limits), level, "percentile")
+        lower, upper = samples.new_full((2, *samples.shape[1:]), math.nan)
+    else:
+        limits = np.quantile(samples.numpy(), [(1 - level) / 2, (1 + level) / 2], axis=0)
+        lower, upper = torch.from_numpy(limits)
+    return Intervals(lower, upper, level, "percentile")
 
 
 def _normal(estimate: Tensor, errors: Tensor, level: float) -> Intervals:
