@@ -4,7 +4,7 @@ Fused ranked-preference losses, logit-level KL distillation and batched pairwise
 kernels, after Askell et al. 2021, *A General Language Assistant as a Laboratory for Alignment* (arXiv 2112.00861).
 """
 
-from pyalign import distill, logprob, nn, ranking
+from pyalign import distill, logprob, nn, ranking, scoring
 from pyalign._backends import backend
 from pyalign._version import __version__
 from pyalign.distill import (
@@ -27,13 +27,16 @@ from pyalign.ranking import (
     ranked_preference_loss,
     simpo_loss,
 )
+from pyalign.scoring import BradleyTerryFit, bradley_terry
 
 __all__ = [
+    "BradleyTerryFit",
     "PreferenceOutput",
     "TopKLogprobs",
     "__version__",
     "backend",
     "binary_discrimination_loss",
+    "bradley_terry",
     "cpo_loss",
     "distill",
     "distillation_loss",
@@ -49,6 +52,7 @@ __all__ = [
     "pairwise_preference_loss",
     "ranked_preference_loss",
     "ranking",
+    "scoring",
     "sequence_logprobs",
     "simpo_loss",
     "token_logprobs",
