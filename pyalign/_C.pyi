@@ -77,6 +77,9 @@ class _Cpu(_Engine):
     def isas(self) -> list[str]: ...
 
 class _Cuda(_Engine):
+    pair_blocks: int  # kPairBlocks, kSharedEntries and kSortedBytes of csrc/common/ranking_args.h
+    shared_entries: int
+    sorted_bytes: int
     def explain_distill(self, vocab: int, dtype: int, device: int, /) -> str: ...
 
 cpu: _Cpu

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pyalign import _C
+from pyalign._backends import native
 from pyalign._bradley_terry_graph import Bools, Ints
 
 Floats = NDArray[np.float64]
@@ -24,6 +24,14 @@ MAX_ITERATIONS = 200
 DRAWS_PER_UNIT = 20  # with fewer battles than this per unit, drawing them one by one costs less than binomials
 CONVERGED, NO_MAXIMUM, NOT_CONVERGED = range(3)  # FitStatus in csrc/common/bradley_terry_args.h
 _COUNTS_BYTES = 64 << 20
+
+
+def _cpu() -> Any:
+    """The compiled engine; there is no other."""
+    module, why_not = native()
+    if module is None:
+        raise RuntimeError(f"bradley_terry has no other solver than the compiled one: {why_not}")
+    return module.cpu
 
 
 # ---- The battles ----
@@ -204,7 +212,7 @@ def inverse(matrix: Floats) -> Floats:
     """Of a symmetric positive definite matrix."""
     if len(matrix) <= SMALL_MATRIX:
         out = np.ascontiguousarray(matrix).copy()
-        if _C.cpu.invert(out.ctypes.data, len(out)):
+        if _cpu().invert(out.ctypes.data, len(out)):
             return out
     return np.linalg.inv(matrix).astype(np.float64, copy=False)
 
@@ -315,7 +323,7 @@ def _solve(
     first, second, covariates, edge, outcome = (x.ctypes.data for x in arrays)
     weight, start = np.ascontiguousarray(units.weight), np.ascontiguousarray(start)
     battles = 0 if unit_of is None else len(unit_of)
-    _C.cpu.bradley_terry(
+    _cpu().bradley_terry(
         (design.num_players, len(design.first), first, second, covariates, design.covariates.shape[1], design.davidson),
         (len(units.edge), edge, outcome, weight.ctypes.data),
         (_address(counts), _address(unit_of), battles, seed, 0),
