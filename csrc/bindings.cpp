@@ -318,6 +318,43 @@ void register_scoring(py::module_& m, Reward reward_scores, RewardGradient rewar
     });
 }
 
+// ---- Bradley-Terry ----
+
+// (players, edges, first, second, covariates, features, davidson), (units, edge, outcome, weight), (counts, unit_of,
+// battles, seed, first_sample), (prior, tolerance, dense_limit, start, check), (samples, parameters, gradient, status,
+// iterations)
+BradleyTerryArgs bradley_terry_args(const py::tuple& design, const py::tuple& units, const py::tuple& draw,
+                                    const py::tuple& option, const py::tuple& out) {
+    BradleyTerryArgs a;
+    a.players = design[0].cast<int64_t>();
+    a.edges = design[1].cast<int64_t>();
+    a.first = pointer<const int64_t>(design[2]);
+    a.second = pointer<const int64_t>(design[3]);
+    a.covariates = pointer<const double>(design[4]);
+    a.features = design[5].cast<int64_t>();
+    a.davidson = design[6].cast<bool>();
+    a.units = units[0].cast<int64_t>();
+    a.edge = pointer<const int64_t>(units[1]);
+    a.outcome = pointer<const int8_t>(units[2]);
+    a.weight = pointer<const double>(units[3]);
+    a.counts = pointer<const int64_t>(draw[0]);
+    a.unit_of = pointer<const int32_t>(draw[1]);
+    a.battles = draw[2].cast<int64_t>();
+    a.seed = draw[3].cast<uint64_t>();
+    a.first_sample = draw[4].cast<uint64_t>();
+    a.prior = option[0].cast<double>();
+    a.tolerance = option[1].cast<double>();
+    a.dense_limit = option[2].cast<int64_t>();
+    a.start = pointer<const double>(option[3]);
+    a.check = option[4].cast<bool>();
+    a.samples = out[0].cast<int64_t>();
+    a.parameters = pointer<double>(out[1]);
+    a.gradient = pointer<double>(out[2]);
+    a.status = pointer<int8_t>(out[3]);
+    a.iterations = pointer<int32_t>(out[4]);
+    return a;
+}
+
 // ---- Modules ----
 
 void register_cpu(py::module_ m) {
@@ -332,6 +369,13 @@ void register_cpu(py::module_ m) {
         cpu::widen(out, count, width, reinterpret_cast<const void*>(a), reinterpret_cast<const void*>(b),
                    static_cast<Dtype>(dtype), add, threads);
     });
+    m.def("bradley_terry", [](const py::tuple& design, const py::tuple& units, const py::tuple& draw,
+                              const py::tuple& option, const py::tuple& out, int threads) {
+        const BradleyTerryArgs args = bradley_terry_args(design, units, draw, option, out);
+        py::gil_scoped_release release;
+        cpu::bradley_terry(args, threads);
+    });
+    m.def("invert", [](uintptr_t matrix, int64_t n) { return cpu::invert(reinterpret_cast<double*>(matrix), n); });
     m.def("isa", cpu::isa);
     m.def("isas", cpu::isas);
 }

@@ -27,15 +27,25 @@ from pyalign.ranking import (
     ranked_preference_loss,
     simpo_loss,
 )
-from pyalign.scoring import best_of_n, expected_win_rates, preference_metrics, reward_scores, win_probabilities
+from pyalign.scoring import (
+    BradleyTerryFit,
+    best_of_n,
+    bradley_terry,
+    expected_win_rates,
+    preference_metrics,
+    reward_scores,
+    win_probabilities,
+)
 
 __all__ = [
+    "BradleyTerryFit",
     "PreferenceOutput",
     "TopKLogprobs",
     "__version__",
     "backend",
     "best_of_n",
     "binary_discrimination_loss",
+    "bradley_terry",
     "cpo_loss",
     "distill",
     "distillation_loss",

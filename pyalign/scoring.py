@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyalign import _checks, _ops_scoring
 from pyalign._backends import choose_name
+from pyalign._bradley_terry import BradleyTerryFit, ConvergenceError, NoMaximumError, bradley_terry
 from pyalign._types import STATISTICS, MetricOptions, MetricTensors, accumulation_dtype
 from pyalign.reference import scoring as _reference
 from pyalign.reference.ranking import check_offsets
@@ -24,9 +25,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
+    "BradleyTerryFit",
     "CalibrationBins",
+    "ConvergenceError",
+    "NoMaximumError",
     "PreferenceEvaluation",
     "best_of_n",
+    "bradley_terry",
     "expected_win_rates",
     "preference_metrics",
     "reward_scores",
