@@ -126,24 +126,26 @@ PairOptions pair_options(const py::tuple& t) {
             std::log(smoothing)};
 }
 
-// (count, dtype, first, second, first_reference, second_reference, margin, margin_stride, labels, weight, mask,
-//  reduction, num_items), options, (loss, denominator, gradient, first_reward, second_reward)
+// (count, dtype, first, second, first_reference, second_reference, margin, labels, weight, mask, num_items,
+//  margin_stride, reduction), options, (loss, denominator, first_gradient, second_gradient, first_reward,
+//  second_reward, block_sums, ticket)
 PairArgs pair_args(const py::tuple& t, const py::tuple& option, const py::tuple& out) {
-    return {t[0].cast<int64_t>(),          static_cast<Dtype>(t[1].cast<int>()),
-            pointer<const void>(t[2]),     pointer<const void>(t[3]),
-            pointer<const void>(t[4]),     pointer<const void>(t[5]),
-            pointer<const void>(t[6]),     t[7].cast<int64_t>(),
-            pointer<const uint8_t>(t[8]),  pointer<const void>(t[9]),
-            pointer<const uint8_t>(t[10]), static_cast<Reduction>(t[11].cast<int>()),
-            pointer<const void>(t[12]),    pair_options(option),
-            pointer<void>(out[0]),         pointer<void>(out[1]),
-            pointer<void>(out[2]),         pointer<void>(out[3]),
-            pointer<void>(out[4])};
+    return {t[0].cast<int64_t>(),         static_cast<Dtype>(t[1].cast<int>()),
+            pointer<const void>(t[2]),    pointer<const void>(t[3]),
+            pointer<const void>(t[4]),    pointer<const void>(t[5]),
+            pointer<const void>(t[6]),    t[11].cast<int64_t>(),
+            pointer<const uint8_t>(t[7]), pointer<const void>(t[8]),
+            pointer<const uint8_t>(t[9]), static_cast<Reduction>(t[12].cast<int>()),
+            pointer<const void>(t[10]),   pair_options(option),
+            pointer<void>(out[0]),        pointer<void>(out[1]),
+            pointer<void>(out[2]),        pointer<void>(out[3]),
+            pointer<void>(out[4]),        pointer<void>(out[5]),
+            pointer<void>(out[6]),        pointer<int32_t>(out[7])};
 }
 
 // (groups, size, count, dtype, scores, ranks, offsets, reduction, num_items),
 // (method, scale, margin, label_smoothing, over_groups), (loss, denominator, gradient, group_loss,
-// stages, ticket)
+// rows, stages, sorted, counters)
 RankArgs rank_args(const py::tuple& t, const py::tuple& o, const py::tuple& out) {
     return {t[0].cast<int64_t>(),
             t[1].cast<int64_t>(),
@@ -161,22 +163,20 @@ RankArgs rank_args(const py::tuple& t, const py::tuple& o, const py::tuple& out)
             pointer<void>(out[2]),
             pointer<void>(out[3]),
             pointer<void>(out[4]),
-            pointer<int32_t>(out[5])};
+            pointer<void>(out[5]),
+            pointer<void>(out[6]),
+            pointer<int32_t>(out[7])};
 }
 
-// (rows, count, groups, size, dtype, gradient, upstream, per_group, offsets, denominator, result)
+// (count, groups, size, dtype, gradient, second_gradient, upstream, per_group, offsets, denominator, result,
+//  second_result)
 ScoreGradientArgs score_gradient_args(const py::tuple& t) {
-    return {t[0].cast<int64_t>(),
-            t[1].cast<int64_t>(),
-            t[2].cast<int64_t>(),
-            t[3].cast<int64_t>(),
-            static_cast<Dtype>(t[4].cast<int>()),
-            pointer<const void>(t[5]),
-            pointer<const void>(t[6]),
-            t[7].cast<bool>(),
-            pointer<const int64_t>(t[8]),
-            pointer<const void>(t[9]),
-            pointer<void>(t[10])};
+    return {t[0].cast<int64_t>(),         t[1].cast<int64_t>(),
+            t[2].cast<int64_t>(),         static_cast<Dtype>(t[3].cast<int>()),
+            pointer<const void>(t[4]),    pointer<const void>(t[5]),
+            pointer<const void>(t[6]),    t[7].cast<bool>(),
+            pointer<const int64_t>(t[8]), pointer<const void>(t[9]),
+            pointer<void>(t[10]),         pointer<void>(t[11])};
 }
 
 template <class Execution, class PairLossFunction, class RankedLoss, class ScoreGradient>
@@ -318,6 +318,43 @@ void register_scoring(py::module_& m, Reward reward_scores, RewardGradient rewar
     });
 }
 
+// ---- Bradley-Terry ----
+
+// (players, edges, first, second, covariates, features, davidson), (units, edge, outcome, weight), (counts, unit_of,
+// battles, seed, first_sample), (prior, tolerance, dense_limit, start, check), (samples, parameters, gradient, status,
+// iterations)
+BradleyTerryArgs bradley_terry_args(const py::tuple& design, const py::tuple& units, const py::tuple& draw,
+                                    const py::tuple& option, const py::tuple& out) {
+    BradleyTerryArgs a;
+    a.players = design[0].cast<int64_t>();
+    a.edges = design[1].cast<int64_t>();
+    a.first = pointer<const int64_t>(design[2]);
+    a.second = pointer<const int64_t>(design[3]);
+    a.covariates = pointer<const double>(design[4]);
+    a.features = design[5].cast<int64_t>();
+    a.davidson = design[6].cast<bool>();
+    a.units = units[0].cast<int64_t>();
+    a.edge = pointer<const int64_t>(units[1]);
+    a.outcome = pointer<const int8_t>(units[2]);
+    a.weight = pointer<const double>(units[3]);
+    a.counts = pointer<const int64_t>(draw[0]);
+    a.unit_of = pointer<const int32_t>(draw[1]);
+    a.battles = draw[2].cast<int64_t>();
+    a.seed = draw[3].cast<uint64_t>();
+    a.first_sample = draw[4].cast<uint64_t>();
+    a.prior = option[0].cast<double>();
+    a.tolerance = option[1].cast<double>();
+    a.dense_limit = option[2].cast<int64_t>();
+    a.start = pointer<const double>(option[3]);
+    a.check = option[4].cast<bool>();
+    a.samples = out[0].cast<int64_t>();
+    a.parameters = pointer<double>(out[1]);
+    a.gradient = pointer<double>(out[2]);
+    a.status = pointer<int8_t>(out[3]);
+    a.iterations = pointer<int32_t>(out[4]);
+    return a;
+}
+
 // ---- Modules ----
 
 void register_cpu(py::module_ m) {
@@ -332,6 +369,13 @@ void register_cpu(py::module_ m) {
         cpu::widen(out, count, width, reinterpret_cast<const void*>(a), reinterpret_cast<const void*>(b),
                    static_cast<Dtype>(dtype), add, threads);
     });
+    m.def("bradley_terry", [](const py::tuple& design, const py::tuple& units, const py::tuple& draw,
+                              const py::tuple& option, const py::tuple& out, int threads) {
+        const BradleyTerryArgs args = bradley_terry_args(design, units, draw, option, out);
+        py::gil_scoped_release release;
+        cpu::bradley_terry(args, threads);
+    });
+    m.def("invert", [](uintptr_t matrix, int64_t n) { return cpu::invert(reinterpret_cast<double*>(matrix), n); });
     m.def("isa", cpu::isa);
     m.def("isas", cpu::isas);
 }
@@ -343,6 +387,9 @@ void register_cuda(py::module_ m) {
     register_logprob<cudaStream_t>(m, cuda::logprob);
     register_scoring<cudaStream_t>(m, cuda::reward_scores, cuda::reward_gradient, cuda::score_groups,
                                    cuda::preference_metrics);
+    m.attr("pair_blocks") = kPairBlocks;
+    m.attr("shared_entries") = kSharedEntries;
+    m.attr("sorted_bytes") = kSortedBytes;
     m.def("explain_distill", [](int64_t vocab, int dtype, int device) {
         return cuda::explain_distill(vocab, static_cast<Dtype>(dtype), device);
     });

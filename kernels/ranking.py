@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyalign._tickets import gpu_ticket
+from pyalign._tickets import gpu_tickets
 from pyalign._types import (
     PairOptions,
     PairResults,
@@ -29,6 +29,7 @@ from pyalign._types import (
     RankOptions,
     RankResults,
     RankTensors,
+    stores_both,
 )
 
 from .common import (
@@ -193,8 +194,8 @@ def pair_kernel(
     num_items,  # () float32 or None
     loss,  # (N,) or () float32
     denominator,  # () float32
-    gradient,  # (2, N) or (1, N) float32, or None
-    rewards,  # as gradient, or None
+    gradient,  # (N,) or, with BOTH, (2, N) float32, or None
+    rewards,  # (2, N) or (1, N) float32, or None
     count,
     scale,
     margin,
@@ -210,6 +211,7 @@ def pair_kernel(
     REDUCTION: tl.constexpr,
     MARGIN_STRIDE: tl.constexpr,
     CENTERED: tl.constexpr,
+    BOTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     total = tl.zeros((BLOCK,), tl.float32)
@@ -245,7 +247,7 @@ def pair_kernel(
         cost = tl.where(keep, cost, 0.0)
         if gradient is not None:
             tl.store(gradient + item, tl.where(keep, by_first, 0.0), mask=inside)
-            if second is not None:
+            if BOTH:
                 tl.store(gradient + count + item, tl.where(keep, by_second, 0.0), mask=inside)
         if REDUCTION == "none":
             tl.store(loss + item, cost, mask=inside)
@@ -477,21 +479,27 @@ def factor_of(upstream, denominator):
 
 @triton.jit(do_not_specialize=["count", "size"])
 def gradient_kernel(
-    gradient,  # (rows, N) float32
+    gradient,  # (N,) or, with BOTH, (2, N) float32
     upstream,  # () or (G,) float32
     denominator,  # () float32
-    result,  # (rows, N)
-    count,  # rows * N
-    items,  # N
+    result,  # (N,)
+    second_result,  # (N,) or None
+    count,  # N
     size,
+    BOTH: tl.constexpr,  # else the second's gradient is the negative of the first's
     PER_GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
-    by = tl.load(upstream + ((place % items) // size if PER_GROUP else 0 * place), mask=inside, other=0.0)
-    value = tl.load(gradient + place, mask=inside, other=0.0) * factor_of(by, denominator)
-    store_rounded(result + place, value, inside)
+    by = factor_of(tl.load(upstream + (place // size if PER_GROUP else 0 * place), mask=inside, other=0.0), denominator)
+    first = tl.load(gradient + place, mask=inside, other=0.0)
+    store_rounded(result + place, first * by, inside)
+    if second_result is not None:
+        second = -first
+        if BOTH:
+            second = tl.load(gradient + count + place, mask=inside, other=0.0)
+        store_rounded(second_result + place, second * by, inside)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -532,11 +540,11 @@ def pair_loss(
     """The loss of items; every tensor is contiguous."""
     check_dtype("scores", first)
     count, device = first.shape[0], first.device
-    sides = (1 if second is None else 2, count)
+    sides, both = 1 if second is None else 2, stores_both(options)
     loss = torch.empty((count,) if options.reduction == "none" else (), dtype=torch.float32, device=device)
     denominator = torch.empty((), dtype=torch.float32, device=device)
-    gradient = torch.empty(sides, dtype=torch.float32, device=device) if want_gradient else None
-    rewards = torch.empty(sides, dtype=torch.float32, device=device) if want_rewards else None
+    gradient = torch.empty((2, count) if both else (count,), dtype=torch.float32, device=device)
+    rewards = torch.empty(sides, count, dtype=torch.float32, device=device) if want_rewards else None
     smoothing = options.label_smoothing
     logs = _logs(smoothing) if options.form == "exo_pair" else (0.0, 0.0)
     block = min(max(triton.next_power_of_2(count), 64), 1024)
@@ -555,7 +563,7 @@ def pair_loss(
         num_items=tensors.num_items,
         loss=loss,
         denominator=denominator,
-        gradient=gradient,
+        gradient=gradient if want_gradient else None,
         rewards=rewards,
         count=count,
         scale=options.scale,
@@ -572,9 +580,10 @@ def pair_loss(
         REDUCTION=options.reduction,
         MARGIN_STRIDE=0 if tensors.margin is None else tensors.margin.dim(),
         CENTERED=options.center != 0,
+        BOTH=both,
         BLOCK=block,
     )
-    return PairResults(loss, denominator, gradient, rewards)
+    return PairResults(loss, denominator, gradient if want_gradient else None, rewards)
 
 
 def _logs(smoothing: float) -> tuple[float, float]:
@@ -583,7 +592,7 @@ def _logs(smoothing: float) -> tuple[float, float]:
 
 def _ticket(device: torch.device) -> Tensor:
     if device.type == "cuda":
-        return gpu_ticket(device)
+        return gpu_tickets(device)
     return torch.zeros((), dtype=torch.int32, device=device)
 
 
@@ -641,24 +650,28 @@ def score_gradient(
     group_offsets: Tensor | None,
     size: int,
     dtype: torch.dtype,
-) -> Tensor:
-    """(rows, N) gradient * upstream / denominator as ``dtype``; upstream is () or one per group of ``size``."""
-    result = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
-    count, block = gradient.numel(), 1024
+    sides: int,
+) -> list[Tensor]:
+    """``sides`` times (N,) gradient * upstream / denominator as ``dtype``; upstream is () or one per group of ``size``.
+    A gradient (N,) of two sides is that of the first, and of the second the negative."""
+    count = gradient.shape[-1]
+    results = [torch.empty(count, dtype=dtype, device=gradient.device) for _ in range(sides)]
     shared: dict[str, Any] = {
-        "gradient": gradient, "upstream": upstream, "denominator": denominator, "result": result, "count": count,
+        "gradient": gradient, "upstream": upstream, "denominator": denominator, "result": results[0], "count": count,
     }  # fmt: skip
     if upstream.dim() == 1 and group_offsets is not None:
         launch(group_gradient_kernel, upstream.shape[0], 1, offsets=group_offsets, BLOCK=64, **shared)
-        return result
+        return results
+    block = 1024
     launch(
         gradient_kernel,
         triton.cdiv(count, block),
         4,
-        items=max(gradient.shape[1], 1),
+        second_result=results[1] if sides == 2 else None,
         size=max(size, 1),
+        BOTH=gradient.dim() == 2,
         PER_GROUP=upstream.dim() == 1,
         BLOCK=block,
         **shared,
     )
-    return result
+    return results

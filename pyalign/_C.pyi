@@ -70,10 +70,24 @@ class _Cpu(_Engine):
     def widen(
         self, out: tuple[int, ...], count: int, width: int, a: int, b: int, dtype: int, add: bool, threads: int, /
     ) -> None: ...
+    def bradley_terry(
+        self,
+        design: tuple[int, ...],
+        units: tuple[int, ...],
+        draw: tuple[int, ...],
+        options: tuple[Any, ...],
+        outputs: tuple[int, ...],
+        threads: int,
+        /,
+    ) -> None: ...
+    def invert(self, matrix: int, n: int, /) -> bool: ...
     def isa(self) -> str: ...
     def isas(self) -> list[str]: ...
 
 class _Cuda(_Engine):
+    pair_blocks: int  # kPairBlocks, kSharedEntries and kSortedBytes of csrc/common/ranking_args.h
+    shared_entries: int
+    sorted_bytes: int
     def explain_distill(self, vocab: int, dtype: int, device: int, /) -> str: ...
 
 cpu: _Cpu

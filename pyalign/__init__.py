@@ -28,8 +28,10 @@ from pyalign.ranking import (
     simpo_loss,
 )
 from pyalign.scoring import (
+    BradleyTerryFit,
     PairScorer,
     best_of_n,
+    bradley_terry,
     expected_win_rates,
     preference_metrics,
     reward_scores,
@@ -37,6 +39,7 @@ from pyalign.scoring import (
 )
 
 __all__ = [
+    "BradleyTerryFit",
     "PairScorer",
     "PreferenceOutput",
     "TopKLogprobs",
@@ -44,6 +47,7 @@ __all__ = [
     "backend",
     "best_of_n",
     "binary_discrimination_loss",
+    "bradley_terry",
     "cpo_loss",
     "distill",
     "distillation_loss",

@@ -125,15 +125,15 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype, k: int = 0, wid
 
 def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     """The backend for these tensors, and why."""
-    return _decide(_forced.get(), os.environ.get("PYALIGN_BACKEND"), device.type, device.index, dtype, 0, False)
+    return _decide(_forced.get(), os.environ.get("PYALIGN_BACKEND"), device, dtype, 0, False)
 
 
 @torch.compiler.assume_constant_result
-def choose_name(device_type: str, device_index: int | None, dtype: torch.dtype, k: int = 0, wide: bool = False) -> str:
+def choose_name(device: torch.device, dtype: torch.dtype, k: int = 0, wide: bool = False) -> str:
     """The backend's name; while torch.compile traces, it is a constant of the graph. Warns, once for each kind of call,
     where plain torch stands in for kernels that should be there."""
     variable = os.environ.get("PYALIGN_BACKEND")
-    choice = _decide(_forced.get(), variable, device_type, device_index, dtype, k, wide)
+    choice = _decide(_forced.get(), variable, device, dtype, k, wide)
     if choice.warning and choice.warning not in _warned:
         _warned.add(choice.warning)
         warnings.warn(choice.warning, RuntimeWarning, stacklevel=3)
@@ -142,15 +142,8 @@ def choose_name(device_type: str, device_index: int | None, dtype: torch.dtype, 
 
 @functools.cache
 def _decide(
-    forced: str | None,
-    variable: str | None,
-    device_type: str,
-    device_index: int | None,
-    dtype: torch.dtype,
-    k: int,
-    wide: bool,
+    forced: str | None, variable: str | None, device: torch.device, dtype: torch.dtype, k: int, wide: bool
 ) -> Choice:
-    device = torch.device(device_type) if device_index is None else torch.device(device_type, device_index)
     source = "pyalign.backend"
     if forced is None:
         forced, source = _known(variable or None, "PYALIGN_BACKEND"), "PYALIGN_BACKEND"

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyalign._linear import Settings
 from pyalign._types import REDUCTIONS, Tokens, accumulation_dtype
 
+_FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -27,7 +28,7 @@ def one_of(name: str, value: object, options: tuple[str, ...]) -> None:
 def floating(name: str, x: Tensor, minimum_dim: int = 1) -> None:
     if not isinstance(x, Tensor):
         refuse(name, type(x).__name__, "a tensor", TypeError)
-    if not x.is_floating_point() or x.dtype.itemsize < 2:
+    if x.dtype not in _FLOATING:
         refuse(name, x.dtype, "float32, bfloat16, float16 or float64", TypeError)
     if x.dim() < minimum_dim:
         refuse(name, f"{x.dim()} dimensions", f"at least {minimum_dim}")

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from pyalign import _C
 from pyalign._native import DTYPES, Module, OnCpu, OnCuda, pointer
-from pyalign._tickets import gpu_ticket
+from pyalign._tickets import gpu_tickets
 from pyalign._types import (
+    NO_PAIR_TENSORS,
     PAIR_LOSSES,
     RANK_METHODS,
     REDUCTIONS,
@@ -21,15 +22,39 @@ from pyalign._types import (
     RankResults,
     RankTensors,
     accumulation_dtype,
+    stores_both,
 )
+
+
+def _pointers(tensors: PairTensors) -> tuple[int, ...]:
+    """(first_reference, second_reference, margin, labels, weight, mask, num_items, margin's stride)"""
+    return (*map(pointer, tensors), 0 if tensors.margin is None else tensors.margin.dim())
+
+
+def _both(x: Tensor | None) -> tuple[int, int]:
+    """The rows of (2, N), or of (1, N) or (N,) the one; 0 for those that aren't there."""
+    if x is None:
+        return 0, 0
+    first = x.data_ptr()
+    return first, first + x.stride(0) * x.itemsize if x.dim() == 2 and x.shape[0] == 2 else 0
+
+
+_ONE_BLOCK = 4096  # items that one block of a GPU does as fast as several
+_NO_POINTERS = _pointers(NO_PAIR_TENSORS)
 
 
 class _Engine(Module):
     """The engine functions (pair_loss, ranked_loss, score_gradient)."""
 
-    def ticket(self, device: torch.device) -> Tensor | None:
-        """() int32, 0: how the blocks of a GPU kernel find out which of them is the last."""
-        return None
+    def pair_workspace(self, count: int, device: torch.device) -> tuple[Tensor | None, ...]:
+        """What a GPU kernel needs for the sums of its blocks: block_sums and ticket of csrc/common/ranking_args.h."""
+        return None, None
+
+    def rank_workspace(
+        self, count: int, groups: int, largest: int, method: str, device: torch.device
+    ) -> tuple[Tensor | None, ...]:
+        """For groups of at most ``largest`` entries: group_loss, rows, stages, sorted and counters."""
+        return None, None, None, None, None
 
     def pair_loss(
         self,
@@ -41,39 +66,35 @@ class _Engine(Module):
         want_gradient: bool,
         want_rewards: bool,
     ) -> PairResults:
-        count, dtype, device = first.shape[0], accumulation_dtype(first.dtype), first.device
-        sides = 1 if second is None else 2
-        loss = first.new_empty((count,) if options.reduction == "none" else (), dtype=dtype)
+        count, dtype = first.shape[0], accumulation_dtype(first.dtype)
         denominator = first.new_empty((), dtype=dtype)
-        gradient = first.new_empty((sides, count), dtype=dtype) if want_gradient else None
-        rewards = first.new_empty((sides, count), dtype=dtype) if want_rewards else None
         form, *numbers, reduction = options
-        reward = pointer(rewards)
+        loss = first.new_empty((count,), dtype=dtype) if reduction == "none" else torch.empty_like(denominator)
+        gradient = rewards = None
+        if want_gradient:
+            both = stores_both(options)
+            gradient = first.new_empty((2, count), dtype=dtype) if both else torch.empty_like(first, dtype=dtype)
+        if want_rewards:
+            rewards = first.new_empty((1 if second is None else 2, count), dtype=dtype)
+        workspace = self.pair_workspace(count, first.device)
         self._call(
             "pair_loss",
-            device,
+            first.device,
             (
                 count,
                 DTYPES[first.dtype],
                 first.data_ptr(),
                 pointer(second),
-                pointer(tensors.first_reference),
-                pointer(tensors.second_reference),
-                pointer(tensors.margin),
-                0 if tensors.margin is None else tensors.margin.dim(),
-                pointer(tensors.labels),
-                pointer(tensors.weight),
-                pointer(tensors.mask),
+                *(_NO_POINTERS if tensors is NO_PAIR_TENSORS else _pointers(tensors)),
                 REDUCTIONS.index(reduction),
-                pointer(tensors.num_items),
             ),
             (PAIR_LOSSES.index(form), *numbers),
             (
                 loss.data_ptr(),
                 denominator.data_ptr(),
-                pointer(gradient),
-                reward,
-                reward + count * dtype.itemsize if rewards is not None and sides == 2 else 0,
+                *_both(gradient),
+                *_both(rewards),
+                *map(pointer, workspace),
             ),
         )
         return PairResults(loss, denominator, gradient, rewards)
@@ -86,11 +107,8 @@ class _Engine(Module):
         loss = torch.empty((groups,) if options.reduction == "none" else (), dtype=dtype, device=device)
         denominator = torch.empty((), dtype=dtype, device=device)
         gradient = torch.empty(scores.numel(), dtype=dtype, device=device) if want_gradient else None
-        ticket = self.ticket(device)
-        group_loss = stages = None
-        if ticket is not None:
-            group_loss = torch.empty(2, groups, dtype=dtype, device=device)
-            stages = None if options.method == "pairwise" else torch.empty(3, scores.numel(), device=device)
+        count = scores.numel()
+        workspace = self.rank_workspace(count, groups, count if offsets is not None else size, options.method, device)
         method, *numbers, reduction = options
         self._call(
             "ranked_loss",
@@ -111,9 +129,7 @@ class _Engine(Module):
                 loss.data_ptr(),
                 denominator.data_ptr(),
                 pointer(gradient),
-                pointer(group_loss),
-                pointer(stages),
-                pointer(ticket),
+                *map(pointer, workspace),
             ),
         )
         return RankResults(loss, denominator, gradient)
@@ -126,28 +142,31 @@ class _Engine(Module):
         group_offsets: Tensor | None,
         size: int,
         dtype: torch.dtype,
-    ) -> Tensor:
-        """(rows, N) gradient * upstream / denominator as ``dtype``; upstream is () or one per group of ``size``."""
-        rows, count = gradient.shape
-        result = torch.empty(rows, count, dtype=dtype, device=gradient.device)
+        sides: int,
+    ) -> list[Tensor]:
+        """``sides`` times (N,) gradient * upstream / denominator as ``dtype``; upstream is () or one per group of
+        ``size``. A gradient (N,) of two sides is that of the first, and of the second the negative."""
+        one = gradient if gradient.dim() == 1 else gradient[0]
+        result = torch.empty_like(one, dtype=dtype)
+        results = [result] if sides == 1 else [result, torch.empty_like(result)]
         self._call(
             "score_gradient",
             gradient.device,
             (
-                rows,
-                count,
+                one.shape[0],
                 upstream.numel() if upstream.dim() else 0,
                 size,
                 DTYPES[dtype],
-                gradient.data_ptr(),
+                *_both(gradient),
                 upstream.data_ptr(),
                 upstream.dim() == 1,
                 pointer(group_offsets),
                 denominator.data_ptr(),
                 result.data_ptr(),
+                results[1].data_ptr() if sides == 2 else 0,
             ),
         )
-        return result
+        return results
 
 
 class _Cpu(OnCpu, _Engine):
@@ -155,8 +174,21 @@ class _Cpu(OnCpu, _Engine):
 
 
 class _Cuda(OnCuda, _Engine):
-    def ticket(self, device: torch.device) -> Tensor | None:
-        return gpu_ticket(device)
+    def pair_workspace(self, count: int, device: torch.device) -> tuple[Tensor | None, ...]:
+        if count <= _ONE_BLOCK:
+            return None, None
+        return torch.empty(2, _C.cuda.pair_blocks, dtype=torch.float64, device=device), gpu_tickets(device)
+
+    def rank_workspace(
+        self, count: int, groups: int, largest: int, method: str, device: torch.device
+    ) -> tuple[Tensor | None, ...]:
+        group_loss, tickets = torch.empty(2, groups, device=device), gpu_tickets(device, 1 + groups)
+        if method == "pairwise":
+            return group_loss, torch.empty(2, count, device=device), None, None, tickets
+        stages, in_global = torch.empty(3, count, device=device), None
+        if largest > _C.cuda.shared_entries:
+            in_global = torch.empty(2 * count * _C.cuda.sorted_bytes, dtype=torch.uint8, device=device)
+        return group_loss, None, stages, in_global, tickets
 
 
 @functools.cache

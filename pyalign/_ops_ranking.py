@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead  # pyright: ignore[reportMissingModuleSource]
 
 from pyalign._ops import FirstOrderOnly, define, functorch_is_active, refuse_forward_mode, unwatched
 from pyalign._types import (
@@ -25,6 +26,7 @@ from pyalign._types import (
     RankResults,
     RankTensors,
     accumulation_dtype,
+    stores_both,
 )
 
 
@@ -37,8 +39,6 @@ def engine(name: str) -> Any:
 
 
 def _contiguous(tensors: Any) -> Any:
-    if tensors is NO_PAIR_TENSORS:
-        return tensors
     return tensors._make([None if x is None else x.contiguous() for x in tensors])
 
 
@@ -61,10 +61,13 @@ def _run_pairs(
     first: Tensor, second: Tensor | None, tensors: PairTensors, options: PairOptions, want_gradient: bool,
     want_rewards: bool, backend: str,
 ) -> PairResults:  # fmt: skip
+    if tensors is not NO_PAIR_TENSORS:
+        tensors = _contiguous(tensors)
+    if second is not None:
+        second = second.contiguous()
     return engine(backend).pair_loss(
-        first.contiguous(), None if second is None else second.contiguous(), _contiguous(tensors), options,
-        want_gradient=want_gradient, want_rewards=want_rewards,
-    )  # fmt: skip
+        first.contiguous(), second, tensors, options, want_gradient=want_gradient, want_rewards=want_rewards
+    )
 
 
 def _run_groups(
@@ -92,10 +95,11 @@ def _split(arguments: tuple[Any, ...], tensors: Any, options: Any) -> tuple[Any,
 def _pair_loss_fake(first: Tensor, second: Tensor | None, *arguments: Any) -> list[Tensor]:
     _, options, (want_gradient, want_rewards, _) = _split(arguments, PairTensors, PairOptions)
     dtype, count = accumulation_dtype(first.dtype), first.shape[0]
-    sides = (1 if second is None else 2, count)
+    sides, both = 1 if second is None else 2, stores_both(options)
     results = [first.new_empty((count,) if options.reduction == "none" else (), dtype=dtype)]
     results.append(first.new_empty((), dtype=dtype))
-    return results + [first.new_empty(sides, dtype=dtype) for wanted in (want_gradient, want_rewards) if wanted]
+    shapes = [(2, count) if both else (count,)] * want_gradient + [(sides, count)] * want_rewards
+    return results + [first.new_empty(shape, dtype=dtype) for shape in shapes]
 
 
 def _ranked_loss_fake(scores: Tensor, *arguments: Any) -> list[Tensor]:
@@ -114,11 +118,12 @@ def _score_gradient(
     group_offsets: Tensor | None,
     size: int,
     dtype: torch.dtype,
+    sides: int,
     backend: str,
-) -> Tensor:
+) -> list[Tensor]:
     if upstream.dtype != gradient.dtype or upstream.dim():  # autograd expands a sum's
         upstream = upstream.to(gradient.dtype).contiguous()
-    return engine(backend).score_gradient(gradient, upstream, denominator, group_offsets, size, dtype)
+    return engine(backend).score_gradient(gradient, upstream, denominator, group_offsets, size, dtype, sides)
 
 
 def _score_gradient_fake(
@@ -128,9 +133,10 @@ def _score_gradient_fake(
     group_offsets: Tensor | None,
     size: int,
     dtype: torch.dtype,
+    sides: int,
     backend: str,
-) -> Tensor:
-    return gradient.new_empty(gradient.shape, dtype=dtype)
+) -> list[Tensor]:
+    return [gradient.new_empty(gradient.shape[-1:], dtype=dtype) for _ in range(sides)]
 
 
 define(
@@ -146,67 +152,84 @@ define(
 )
 define(
     "score_gradient(Tensor gradient, Tensor upstream, Tensor denominator, Tensor? group_offsets, int size,"
-    " ScalarType dtype, str backend) -> Tensor",
+    " ScalarType dtype, int sides, str backend) -> Tensor[]",
     _score_gradient,
     _score_gradient_fake,
 )
 
 
-class Call(NamedTuple):
-    """A loss, ready to run on scores."""
+class PairCall(NamedTuple):
+    """A loss over items, ready to run on their scores."""
 
-    tensors: PairTensors | RankTensors
-    options: PairOptions | RankOptions
-    size: int  # scores per group, for an upstream gradient per group
+    tensors: PairTensors
+    options: PairOptions
     want_rewards: bool
     backend: str
+    size = 1  # scores per element of an upstream gradient for "none"
+    group_offsets = None
 
-    def run(self, scores: tuple[Tensor, ...], want_gradient: bool) -> PairResults | RankResults | list[Tensor]:
-        """(loss, denominator, gradient, rewards): what was not asked for is None, or left out."""
-        tensors, options = self.tensors, self.options
-        constants = () if tensors is NO_PAIR_TENSORS else tensors
-        if not unwatched(*scores, *constants):
-            return self.forward(scores, want_gradient)
-        if isinstance(tensors, PairTensors):
-            second = scores[1] if len(scores) == 2 else None
-            return _run_pairs(scores[0], second, tensors, options, want_gradient, self.want_rewards, self.backend)  # pyright: ignore[reportArgumentType]
-        return _run_groups(scores[0], tensors, options, want_gradient, self.backend)  # pyright: ignore[reportArgumentType]
+    def run(self, scores: tuple[Tensor, ...], want_gradient: bool) -> PairResults:
+        """(loss, denominator, gradient, rewards), None for what was not asked for."""
+        tensors, options, want_rewards, backend = self
+        second = scores[1] if len(scores) == 2 else None
+        return _run_pairs(scores[0], second, tensors, options, want_gradient, want_rewards, backend)
 
-    def forward(self, scores: tuple[Tensor, ...], want_gradient: bool) -> list[Tensor]:
+    def run_op(self, scores: tuple[Tensor, ...], want_gradient: bool) -> list[Tensor]:
         """[loss, denominator, gradient and rewards if wanted] by the torch.library op."""
+        first, second = scores if len(scores) == 2 else (scores[0], None)
         wanted = (want_gradient, self.want_rewards, self.backend)
-        if isinstance(self.tensors, PairTensors):
-            first, second = scores if len(scores) == 2 else (scores[0], None)
-            return torch.ops.pyalign.pair_loss(first, second, *self.tensors, *self.options, *wanted)
+        return torch.ops.pyalign.pair_loss(first, second, *self.tensors, *self.options, *wanted)
+
+
+class RankCall(NamedTuple):
+    """A loss over groups, ready to run on their scores."""
+
+    tensors: RankTensors
+    options: RankOptions
+    size: int  # scores per group
+    backend: str
+    want_rewards = False
+
+    @property
+    def group_offsets(self) -> Tensor | None:
+        return self.tensors.group_offsets
+
+    def run(self, scores: tuple[Tensor, ...], want_gradient: bool) -> RankResults:
+        """(loss, denominator, gradient), None for what was not asked for."""
+        return _run_groups(scores[0], self.tensors, self.options, want_gradient, self.backend)
+
+    def run_op(self, scores: tuple[Tensor, ...], want_gradient: bool) -> list[Tensor]:
+        """[loss, denominator, gradient if wanted] by the torch.library op."""
         return torch.ops.pyalign.ranked_loss(scores[0], *self.tensors, *self.options, want_gradient, self.backend)
 
-    def group_offsets(self) -> Tensor | None:
-        return self.tensors.group_offsets if isinstance(self.tensors, RankTensors) else None
 
-    def gradients(
-        self,
-        gradient: Tensor,
-        denominator: Tensor,
-        group_offsets: Tensor | None,
-        upstream: Tensor,
-        scores: tuple[Tensor, ...],
-    ) -> Sequence[Tensor]:
-        """d result / d scores, times ``upstream``: () or, for "none", one per item or group."""
-        groups = gradient.dim() == 1
-        score_gradient = _score_gradient if unwatched(gradient, upstream) else torch.ops.pyalign.score_gradient
-        result = score_gradient(
-            gradient[None] if groups else gradient, upstream, denominator, group_offsets, self.size, scores[0].dtype,
-            self.backend,
-        )  # fmt: skip
-        return [result.view(scores[0].shape)] if groups else result.unbind()
+Call = PairCall | RankCall
 
-    def given(self) -> list[Tensor]:
-        return [x for x in self.tensors if x is not None]
 
-    def with_tensors(self, given: tuple[Tensor, ...]) -> Call:
-        """This call with its tensors replaced by those that autograd passed on."""
-        kept = iter(given)
-        return self._replace(tensors=self.tensors._make([None if x is None else next(kept) for x in self.tensors]))
+def _given(call: Call) -> list[Tensor]:
+    return [x for x in call.tensors if x is not None]
+
+
+def _with_tensors(call: Any, given: tuple[Tensor, ...]) -> Any:
+    """The call with its tensors replaced by those that autograd passed on."""
+    kept = iter(given)
+    return call._replace(tensors=call.tensors._make([None if x is None else next(kept) for x in call.tensors]))
+
+
+def _gradients(
+    call: Call,
+    gradient: Tensor,
+    denominator: Tensor,
+    group_offsets: Tensor | None,
+    scores: tuple[Tensor, ...],
+    upstream: Tensor,
+) -> list[Tensor]:
+    """d result / d scores, times ``upstream``: () or, for "none", one per item or group."""
+    score_gradient = _score_gradient if unwatched(gradient, upstream) else torch.ops.pyalign.score_gradient
+    results = score_gradient(
+        gradient, upstream, denominator, group_offsets, call.size, scores[0].dtype, len(scores), call.backend
+    )
+    return [results[0].view(scores[0].shape)] if scores[0].dim() > 1 else results
 
 
 def _first_order(gradients: Sequence[Tensor], scores: tuple[Tensor, ...], upstream: Tensor) -> list[Any]:
@@ -217,26 +240,31 @@ class _ScoreLoss(torch.autograd.Function):
     """(loss, rewards if wanted), differentiable in the scores. The classic form: half the overhead of the other."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *scores: Tensor) -> Any:
-        loss, denominator, gradient, *rewards = call.run(scores, True)
-        ctx.call, ctx.scores = call, scores  # backward reads no score: they may change
-        ctx.save_for_backward(gradient, denominator, call.group_offsets())
-        ctx.set_materialize_grads(False)
+    def forward(ctx: Any, call: Call, plain: bool, *scores: Tensor) -> Any:
+        loss, denominator, gradient, *rewards = (call.run if plain else call.run_op)(scores, True)
+        # An attribute takes half the time of save_for_backward. Backward reads no score: they may change.
+        ctx.kept = call, gradient, denominator, call.group_offsets, scores
         if not call.want_rewards:
             return loss
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*rewards)
         return loss, *rewards
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        call, gradient, denominator, group_offsets, scores = ctx.kept
         if upstream is None:
-            return (None,) * (1 + len(ctx.scores))
-        gradient, denominator, group_offsets = ctx.saved_tensors
-        scores = ctx.scores
-        gradients = ctx.call.gradients(gradient, denominator, group_offsets, upstream, scores)
+            return (None,) * (2 + len(scores))
+        gradients = _gradients(call, gradient, denominator, group_offsets, scores, upstream)
         if torch.is_grad_enabled():
             gradients = _first_order(gradients, scores, upstream)
-        return None, *gradients
+        return None, None, *gradients
+
+
+# Without what torch's apply does in Python before it calls this one, for torch.func and setup_context: that takes as
+# long as a kernel does for a small batch. The part of it that counts, unwrap_if_dead, takes off what a finished
+# transform leaves around a tensor that escaped from it.
+_apply_score_loss: Any = super(torch.autograd.Function, _ScoreLoss).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _ScoreLossTraced(torch.autograd.Function):
@@ -244,15 +272,17 @@ class _ScoreLossTraced(torch.autograd.Function):
 
     @staticmethod
     def forward(call: Call, sides: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(call.with_tensors(tensors[sides:]).forward(tensors[:sides], True))
+        return tuple(_with_tensors(call, tensors[sides:]).run_op(tensors[:sides], True))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         call, sides, *tensors = inputs
         ctx.sides, ctx.constants = sides, len(tensors) - sides
-        scores, offsets = tensors[:sides], call.with_tensors(tuple(tensors[sides:])).group_offsets()
+        scores, offsets = tensors[:sides], _with_tensors(call, tuple(tensors[sides:])).group_offsets
         ctx.packed = offsets is not None
-        ctx.call = call._replace(tensors=PairTensors())  # backward has no use for them, and must not keep them alive
+        ctx.call = call._replace(
+            tensors=type(call.tensors)(*(None,) * len(call.tensors))
+        )  # backward has no use for them, and must not keep them alive
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*scores, output[2], output[1], *([offsets] if ctx.packed else []))
 
@@ -262,22 +292,23 @@ class _ScoreLossTraced(torch.autograd.Function):
         group_offsets = saved.pop() if ctx.packed else None
         *scores, gradient, denominator = saved
         scores = tuple(scores)
-        gradients = ctx.call.gradients(gradient, denominator, group_offsets, upstream, scores)
+        gradients = _gradients(ctx.call, gradient, denominator, group_offsets, scores, upstream)
         return (None, None, *_first_order(gradients, scores, upstream), *(None for _ in range(ctx.constants)))
 
 
 def loss(call: Call, *scores: Tensor) -> tuple[Tensor, Tensor | None]:
     """The loss and, if wanted, rewards; with a graph if any of the scores needs one."""
-    needs_gradient = torch.is_grad_enabled() and (scores[0].requires_grad or scores[-1].requires_grad)
     for x in scores:
         refuse_forward_mode(x)
+    constants = () if call.tensors is NO_PAIR_TENSORS else call.tensors
+    plain = unwatched(*scores, *constants)
     rewards: Any
-    if not needs_gradient:
-        results = call.run(tuple(x.detach() if x.requires_grad else x for x in scores), False)
-        value, rewards = results[0], results[-1:]
-    elif torch.compiler.is_compiling() or functorch_is_active():
-        value, _, _, *rewards = _ScoreLossTraced.apply(call, len(scores), *scores, *call.given())
-    else:
-        results = _ScoreLoss.apply(call, *scores)
-        value, *rewards = results if call.want_rewards else (results,)
-    return value, rewards[0] if call.want_rewards else None
+    if not (torch.is_grad_enabled() and (scores[0].requires_grad or scores[-1].requires_grad)):
+        scores = tuple(unwrap_if_dead(x.detach() if x.requires_grad else x) for x in scores)
+        results = (call.run if plain else call.run_op)(scores, False)
+        return results[0], results[-1] if call.want_rewards else None
+    if not plain and (torch.compiler.is_compiling() or functorch_is_active()):
+        value, _, _, *rewards = _ScoreLossTraced.apply(call, len(scores), *scores, *_given(call))
+        return value, rewards[0] if call.want_rewards else None
+    results = _apply_score_loss(call, plain, *map(unwrap_if_dead, scores))
+    return results if call.want_rewards else (results, None)

@@ -97,6 +97,9 @@ PAIR_LOSSES = (
     "logistic", "hinge", "exponential", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero",
     "apo_down", "discopop", "odds_ratio", "binary", "kto",
 )  # fmt: skip
+_ONE_GRADIENT = frozenset(
+    ("logistic", "hinge", "exponential", "ipo", "robust", "exo_pair", "discopop", "binary", "kto")
+)
 RANK_METHODS = ("pairwise", "breslow", "efron")
 
 
@@ -177,12 +180,18 @@ class RankOptions(NamedTuple):
     reduction: str = "mean"
 
 
+def stores_both(options: PairOptions) -> bool:
+    """Whether a loss over items stores two gradients: not for labelled scores, nor where that of the second scores is
+    the negative of the first's."""
+    return options.form not in _ONE_GRADIENT or options.center != 0
+
+
 class PairResults(NamedTuple):
     """What a loss over items returns; None for what was not asked for."""
 
     loss: Tensor  # () or, for "none", (N,)
     denominator: Tensor  # () what the mean divided by
-    gradient: Tensor | None  # (2, N) or (1, N) accumulation dtype, not divided by the denominator
+    gradient: Tensor | None  # (N,), or (2, N) of both sides; accumulation dtype, not divided by the denominator
     rewards: Tensor | None  # (2, N) or (1, N) accumulation dtype, scale * (score - reference)
 
 

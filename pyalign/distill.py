@@ -84,7 +84,7 @@ def _run(
     inplace: bool, return_metrics: bool,
 ) -> Any:  # fmt: skip
     """Dispatches a loss to its backend and gives the results their shapes."""
-    backend = choose_name(student.device.type, student.device.index, student.dtype)
+    backend = choose_name(student.device, student.dtype)
     if backend == "reference":
         if inplace:
             raise ValueError("inplace: the reference backend computes no gradient in place; wanted a kernel backend")
@@ -227,7 +227,7 @@ def topk_logprobs(logits: Tensor, k: int = 50, *, temperature: float = 1.0) -> T
     temperature = _checks.temperature("temperature", temperature)
     logits = logits.detach()
     wide = True if logits.shape[-1] > TRITON_TOPK_VOCAB else False  # noqa: SIM210  # a constant of a compiled graph
-    backend = choose_name(logits.device.type, logits.device.index, logits.dtype, k, wide)
+    backend = choose_name(logits.device, logits.dtype, k, wide)
     if backend == "reference":
         logprobs, indices, residual = _reference.topk(logits, k, temperature)
     else:
@@ -351,7 +351,7 @@ def _run_linear(
 ) -> Any:  # fmt: skip
     """Dispatches a loss straight from hidden states; ``student.hidden`` is flat, ``shape`` that of its tokens."""
     hidden = student.hidden
-    backend = choose_name(hidden.device.type, hidden.device.index, settings.logits_dtype)
+    backend = choose_name(hidden.device, settings.logits_dtype)
     if backend == "reference":
         function = getattr(_linear_reference, name)
         other = Projection(*teacher) if name == "linear_distill" else teacher

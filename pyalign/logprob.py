@@ -81,7 +81,7 @@ def token_logprobs(  # pyright: ignore[reportInconsistentOverload]  # **options 
     targets = _checks.integers("targets", targets, shape, logits)
     temperature = _checks.temperature("temperature", temperature)
     softcap = _checks.softcap("softcap", softcap)
-    backend = choose_name(logits.device.type, logits.device.index, logits.dtype)
+    backend = choose_name(logits.device, logits.dtype)
     if backend == "reference":
         results = _reference.logprob(logits, targets, ignore_index, temperature, softcap, return_entropy)
     else:
@@ -244,7 +244,7 @@ def linear_token_logprobs(  # pyright: ignore[reportInconsistentOverload]  # **o
         hidden, weight, bias, softcap, targets, logits_dtype, workspace_bytes, num_valid, process_group
     )
     temperature = _checks.temperature("temperature", temperature)
-    backend = choose_name(hidden.device.type, hidden.device.index, settings.logits_dtype)
+    backend = choose_name(hidden.device, settings.logits_dtype)
     want_entropy = bool(return_entropy)
     if backend == "reference":
         results = _linear_reference.linear_logprob(head, targets, ignore_index, temperature, want_entropy, settings)
@@ -319,7 +319,7 @@ def linear_cross_entropy(
     z_loss = _checks.number("z_loss", z_loss, "a finite number >= 0", lambda x: x >= 0)
     _checks.one_of("reduction", reduction, REDUCTIONS)
     divisor = _checks.denominator(num_items, reduction, accumulation_dtype(hidden.dtype), hidden)
-    backend = choose_name(hidden.device.type, hidden.device.index, settings.logits_dtype)
+    backend = choose_name(hidden.device, settings.logits_dtype)
     if backend == "reference":
         loss = _linear_reference.linear_cross_entropy(
             head, targets, divisor, ignore_index, smoothing, z_loss, reduction, settings

@@ -143,12 +143,11 @@ def _run_pairs(
         references = (tensors.first_reference, tensors.second_reference)
         first_reference, second_reference = (None if x is None else x.detach().to(dtype) for x in references)
         tensors = tensors._replace(first_reference=first_reference, second_reference=second_reference)
-    device = first.device
-    backend = choose_name(device.type, device.index, dtype)
+    backend = choose_name(first.device, dtype)
     if backend == "reference":
         loss, *rewards = _reference.pair_loss(first, second, tensors, options)
         return loss, rewards[0], rewards[1]
-    call = _ops_ranking.Call(tensors, options, 1, want_rewards, backend)
+    call = _ops_ranking.PairCall(tensors, options, want_rewards, backend)
     if second is None:
         loss, rewards = _ops_ranking.loss(call, first)
         return loss, None if rewards is None else rewards[0], None
@@ -396,11 +395,11 @@ def ranked_preference_loss(
         over_groups=group_reduction == "groups",
         reduction=reduction,
     )
-    backend = choose_name(scores.device.type, scores.device.index, scores.dtype)
+    backend = choose_name(scores.device, scores.dtype)
     if backend == "reference":
         return _reference.ranked_loss(scores, tensors, options)
     size = scores.shape[1] if group_offsets is None else 0
-    call = _ops_ranking.Call(tensors, options, size, False, backend)
+    call = _ops_ranking.RankCall(tensors, options, size, backend)
     return _ops_ranking.loss(call, scores)[0]
 
 

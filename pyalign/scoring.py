@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyalign import _checks, _ops_scoring
 from pyalign._backends import choose_name
+from pyalign._bradley_terry import BradleyTerryFit, ConvergenceError, NoMaximumError, bradley_terry
 from pyalign._types import STATISTICS, MetricOptions, MetricTensors, accumulation_dtype
 from pyalign.reference import scoring as _reference
 from pyalign.reference.ranking import check_offsets
@@ -24,10 +25,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
+    "BradleyTerryFit",
     "CalibrationBins",
+    "ConvergenceError",
+    "NoMaximumError",
     "PairScorer",
     "PreferenceEvaluation",
     "best_of_n",
+    "bradley_terry",
     "expected_win_rates",
     "preference_metrics",
     "reward_scores",
@@ -92,7 +97,7 @@ def reward_scores(
         if isinstance(offsets, Tensor):
             _check_beside("offsets", offsets, tuple(offsets.shape), hidden)
         offsets = _check_offsets("offsets", offsets, "B + 1", hidden)
-    backend = choose_name(hidden.device.type, hidden.device.index, hidden.dtype)
+    backend = choose_name(hidden.device, hidden.dtype)
     if backend == "reference":
         scores = _reference.reward_scores(hidden, head, bias, offsets, mask)
     else:
@@ -186,7 +191,7 @@ def win_probabilities(scores: Tensor, group_offsets: Tensor | None = None, *, sc
     scale = _checks.positive("scale", scale)
     if group_offsets is not None:
         check_offsets(group_offsets, scores.shape[0])
-    backend = choose_name(scores.device.type, scores.device.index, scores.dtype)
+    backend = choose_name(scores.device, scores.dtype)
     if backend == "reference":
         return _reference.win_probabilities(scores, group_offsets, scale)
     blocks, total = None, 0
@@ -219,7 +224,7 @@ def expected_win_rates(scores: Tensor, group_offsets: Tensor | None = None, *, s
     """
     group_offsets = _check_groups(scores, group_offsets)
     scale = _checks.positive("scale", scale)
-    backend = choose_name(scores.device.type, scores.device.index, scores.dtype)
+    backend = choose_name(scores.device, scores.dtype)
     if backend == "reference":
         return _reference.expected_win_rates(scores, group_offsets, scale)
     call = _ops_scoring.GroupCall("expected_win_rates", 0, scale, backend)
@@ -244,7 +249,7 @@ def best_of_n(scores: Tensor, group_offsets: Tensor | None = None) -> Tensor:
         RuntimeError: the forced backend can't serve.
     """
     group_offsets = _check_groups(scores, group_offsets)
-    backend = choose_name(scores.device.type, scores.device.index, scores.dtype)
+    backend = choose_name(scores.device, scores.dtype)
     if backend == "reference":
         return _reference.best_of_n(scores, group_offsets)
     return _ops_scoring.groups(_ops_scoring.GroupCall("best_of_n", 0, 1.0, backend), scores, group_offsets)
@@ -379,7 +384,7 @@ def preference_metrics(
     )
     options = MetricOptions(max(len(names), 1), bins, scale, fixed)
     chosen, rejected = chosen.detach().to(wide), rejected.detach().to(wide)
-    backend = choose_name(chosen.device.type, chosen.device.index, wide)
+    backend = choose_name(chosen.device, wide)
     if backend == "reference":
         table = _reference.preference_metrics(chosen, rejected, tensors, options)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -339,6 +340,29 @@ def test_the_variable_forces_a_backend_for_the_whole_process(variables: dict[str
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == expected
+
+
+WITHOUT_C = """
+import sys
+sys.modules["pyalign._C"] = None
+import torch, warnings, pyalign
+warnings.simplefilter("ignore")
+print(pyalign.pairwise_preference_loss(torch.ones(2), torch.zeros(2)).item())
+try:
+    pyalign.bradley_terry([0, 1], [1, 0], num_players=2)
+except RuntimeError as error:
+    print(str(error).partition(":")[0])
+"""
+
+
+def test_without_the_compiled_module_plain_torch_serves_and_what_it_cannot_serve_says_so():
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_C], capture_output=True, text=True, timeout=120, check=False
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    loss, refusal = result.stdout.splitlines()
+    assert math.isclose(float(loss), 0.31326168751822286, rel_tol=1e-6)
+    assert refusal == "bradley_terry has no other solver than the compiled one"
 
 
 # Refusals

@@ -25,6 +25,7 @@ from pyalign import (
     ranked_preference_loss,
     simpo_loss,
 )
+from pyalign._types import PairTensors, RankOptions, RankTensors, pair_options
 
 quick_kernel = over(tuple(engine for engine in KERNELS if not engine.slow))
 PACKED = torch.tensor([0, 3, 3, 4, 11, 13, 40])
@@ -224,8 +225,6 @@ def test_batches_of_any_size_compile(engine: Engine):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @quick_kernel
 def test_ops_are_what_torch_expects_of_them(engine: Engine):
-    from pyalign._types import PairTensors, RankOptions, RankTensors, pair_options
-
     a, b, order = scores(40).to(engine.device), scores(40, seed=1).to(engine.device), ranks(5, 8).to(engine.device)
     labels = torch.ones(40, dtype=torch.bool, device=engine.device)
     offsets, flat = PACKED.to(engine.device), ranks(40).to(engine.device)
@@ -245,8 +244,43 @@ def test_ops_are_what_torch_expects_of_them(engine: Engine):
         torch.library.opcheck(ops.ranked_loss, (a, *packed, *groups, False, name), test_utils=tests)
     upstream, denominator = torch.ones(6, device=engine.device), torch.ones((), device=engine.device)
     for dtype in (torch.float32, torch.bfloat16):
-        arguments = (a[None], upstream, denominator, offsets, 0, dtype, name)
+        arguments = (a, upstream, denominator, offsets, 0, dtype, 1, name)
         torch.library.opcheck(ops.score_gradient, arguments, test_utils=tests)
+        arguments = (a, denominator, denominator, None, 1, dtype, 2, name)
+        torch.library.opcheck(ops.score_gradient, arguments, test_utils=tests)
+
+
+@quick_kernel
+def test_a_score_that_escaped_from_torch_func(engine: Engine):
+    escaped: list[Tensor] = []
+
+    def function(x: Tensor) -> Tensor:
+        escaped.append(2 * x)
+        return x.sum()
+
+    torch.func.grad(function)(scores(9).to(engine.device))
+    rejected = scores(9, seed=1).to(engine.device).requires_grad_()
+    with engine():
+        loss = pairwise_preference_loss(escaped[0], rejected)
+        loss.backward()
+        with torch.no_grad():
+            assert torch.equal(pairwise_preference_loss(escaped[0], rejected), loss)
+    wanted = evaluate(pairwise_preference_loss, 2 * scores(9).to(engine.device), rejected.detach())
+    assert rejected.grad is not None
+    torch.testing.assert_close(rejected.grad, wanted.gradients[1])
+
+
+@quick_kernel
+def test_pairs_of_a_difference_store_one_gradient(engine: Engine):
+    """The second scores' is its negative, to the bit; with centring there are two."""
+    chosen, rejected = (scores(9, seed=i).to(engine.device) for i in (1, 2))
+    for center, shape in ((0.0, (9,)), (0.1, (2, 9))):
+        options = pair_options(center=center)
+        raw = torch.ops.pyalign.pair_loss(chosen, rejected, *PairTensors(), *options, True, False, engine.name)
+        assert raw[2].shape == shape
+        with engine():
+            both = evaluate(pairwise_preference_loss, chosen, rejected, center_coefficient=center).gradients
+        assert torch.equal(both[0], -both[1]) == (center == 0)
 
 
 # ---- Determinism and threads ----

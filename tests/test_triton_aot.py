@@ -160,7 +160,7 @@ def score_gradient(dtype: str, packed: bool) -> None:
     from pyalign.kernels import ranking as engine
 
     offsets, upstream = (torch.zeros(9, dtype=torch.int64), torch.zeros(8)) if packed else (None, torch.zeros(()))
-    engine.score_gradient(torch.zeros(1, 4096), upstream, torch.zeros(()), offsets, 1, DTYPES[dtype])
+    engine.score_gradient(torch.zeros(4096), upstream, torch.zeros(()), offsets, 1, DTYPES[dtype], 1 if packed else 2)
 
 
 def logprob(dtype: str, vocab: int = 128256, softcap: float | None = None) -> None:

@@ -28,6 +28,26 @@ PYALIGN_HD float log1p_nonnegative(float x, float inverse) {
 
 PYALIGN_HD double log1p_nonnegative(double x, double) { return ::log1p(x); }
 
+// log(1 + x) for 0 <= x <= 1, relative error 2e-7: a polynomial of half the length, fitted to log(1 + x) / x.
+PYALIGN_HD float log1p_unit(float x) {
+#if defined(__CUDA_ARCH__)
+    return ::log1pf(x);
+#else
+    float y = -3.244013991e-3f;
+    y = y * x + 1.985141262e-2f;
+    y = y * x - 5.695943907e-2f;
+    y = y * x + 1.060364544e-1f;
+    y = y * x - 1.530558765e-1f;
+    y = y * x + 1.967593729e-1f;
+    y = y * x - 2.495413274e-1f;
+    y = y * x + 3.332996368e-1f;
+    y = y * x - 4.999990165e-1f;
+    return (y * x + 1.0f) * x;
+#endif
+}
+
+PYALIGN_HD double log1p_unit(double x) { return ::log1p(x); }
+
 // e^x for any x; +inf above 88.7 (float) as it should be.
 template <class F>
 PYALIGN_HD F exp_any(F x) {
@@ -39,14 +59,14 @@ PYALIGN_HD F exp_any(F x) {
 // subtraction. `e` is in [0, 1]: where many are summed, log(1 + e) of each costs more than the product of 1 + e.
 template <class F>
 struct LogisticParts {
-    F base, e, inverse, up, down;  // inverse: 1 / (1 + e)
+    F base, e, up, down;
 };
 
 template <class F>
 PYALIGN_HD LogisticParts<F> logistic_parts(F x) {
     const F e = exp_nonpositive(-absolute(x)), inverse = F(1) / (F(1) + e), small = e * inverse;
     const bool positive = x > F(0);
-    return {positive ? F(0) : -x, e, inverse, positive ? inverse : small, positive ? small : inverse};
+    return {positive ? F(0) : -x, e, positive ? inverse : small, positive ? small : inverse};
 }
 
 template <class F>
@@ -57,7 +77,7 @@ struct Logistic {
 template <class F>
 PYALIGN_HD Logistic<F> logistic(F x) {
     const LogisticParts<F> parts = logistic_parts(x);
-    return {log1p_nonnegative(parts.e, parts.inverse) + parts.base, parts.up, parts.down};
+    return {log1p_unit(parts.e) + parts.base, parts.up, parts.down};
 }
 
 // ---- Forms of a margin ----

@@ -51,12 +51,19 @@ struct PairArgs {
     const void* num_items = nullptr;  // [1] accumulation dtype, replaces the count as the denominator of kMean
     PairOptions options;
 
-    void* loss = nullptr;           // [1], or [count] for kNone
-    void* denominator = nullptr;    // [1]: what kMean divides by
-    void* gradient = nullptr;       // [2, count], [1, count] with labels
-    void* first_reward = nullptr;   // [count] scale * (first - first_reference)
-    void* second_reward = nullptr;  // [count]
+    void* loss = nullptr;             // [1], or [count] for kNone
+    void* denominator = nullptr;      // [1]: what kMean divides by
+    void* first_gradient = nullptr;   // [count]
+    void* second_gradient = nullptr;  // [count], not asked for where it is the negative of the first
+    void* first_reward = nullptr;     // [count] scale * (first - first_reference)
+    void* second_reward = nullptr;    // [count]
+    void* block_sums = nullptr;       // [2, kPairBlocks] double, workspace of the GPU kernels: losses, counts
+    int32_t* ticket = nullptr;        // [1] workspace of the GPU kernels, 0 before and after
 };
+
+constexpr int kPairBlocks = 512;  // of a GPU kernel, at most
+
+constexpr int kSharedEntries = 4096, kSortedBytes = 20;  // of groups that a GPU sorts by rank
 
 enum class RankMethod : int { kPairwise, kBreslow, kEfron };  // Plackett-Luce by its rule for ties
 
@@ -81,8 +88,10 @@ struct RankArgs {
     void* denominator = nullptr;  // [1]
     void* gradient = nullptr;     // [count]
     void* group_loss = nullptr;   // [2, groups] float, workspace of the GPU kernels: losses and pairs of the groups
-    void* stages = nullptr;       // [3, count] float, workspace of the GPU kernels for Plackett-Luce
-    int32_t* ticket = nullptr;    // [1] workspace of the GPU kernels, 0 before and after
+    void* rows = nullptr;         // [2, count] float, theirs for pairs: losses and pairs that each entry wins
+    void* stages = nullptr;       // [3, count] float, theirs for Plackett-Luce
+    void* sorted = nullptr;       // [2, count] kSortedBytes, theirs for groups of more than kSharedEntries
+    int32_t* counters = nullptr;  // [1 + groups] theirs, 0 before and after: blocks, and entries of each group, done
 };
 
 // Whether a group's loss is the mean over its pairs, not their sum.
@@ -90,16 +99,18 @@ inline bool divides_by_pairs(const RankArgs& args) {
     return args.options.method == RankMethod::kPairwise && args.options.over_groups;
 }
 
-// result = gradient * upstream / denominator, in the scores' dtype.
+// result = gradient * upstream / denominator, in the scores' dtype; for pairs, twice.
 struct ScoreGradientArgs {
-    int64_t rows = 1, count = 0, groups = 0, size = 1;
+    int64_t count = 0, groups = 0, size = 1;
     Dtype dtype = Dtype::kFloat32;
-    const void* gradient = nullptr;  // [rows, count] accumulation dtype
-    const void* upstream = nullptr;  // [1] or, where per_group, [groups] accumulation dtype
+    const void* gradient = nullptr;         // [count] accumulation dtype
+    const void* second_gradient = nullptr;  // [count]; null: the negative of `gradient`
+    const void* upstream = nullptr;         // [1] or, where per_group, [groups] accumulation dtype
     bool per_group = false;
     const int64_t* offsets = nullptr;   // [groups + 1]; null: `size` entries per group
     const void* denominator = nullptr;  // [1]; null: 1
-    void* result = nullptr;             // [rows, count] dtype
+    void* result = nullptr;             // [count] dtype
+    void* second_result = nullptr;      // [count] dtype, or not wanted
 };
 
 }  // namespace pyalign

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "common/bradley_terry_args.h"
 #include "common/distill_args.h"
 #include "common/logprob_args.h"
 #include "common/ranking_args.h"
@@ -36,6 +37,13 @@ void reward_scores(const RewardArgs& args, int threads);
 void reward_gradient(const RewardGradientArgs& args, int threads);
 void score_groups(const GroupArgs& args, int threads);
 void preference_metrics(const MetricArgs& args, int threads);
+
+// One fit per sample, samples over threads.
+void bradley_terry(const BradleyTerryArgs& args, int threads);
+
+// The inverse of a symmetric positive definite [n, n] of which the lower triangle is read, in place; false where it is
+// not positive definite. For small ones: one thread, so that it never waits for those of a BLAS on a busy machine.
+bool invert(double* matrix, int64_t n);
 
 // The instruction set that was chosen for this machine (or by PYALIGN_CPU_ISA), and those compiled in.
 std::string isa();

@@ -158,7 +158,8 @@ void ranked_loss(const RankArgs& args, int threads) {
 void score_gradient(const ScoreGradientArgs& args, int threads) {
     constexpr int64_t kGrain = 65536;
     const int64_t count = args.per_group ? args.groups : args.count;
-    const int64_t per_item = args.rows * (args.per_group && args.groups > 0 ? args.count / args.groups + 1 : 1);
+    const int64_t sides = args.second_result ? 2 : 1;
+    const int64_t per_item = sides * (args.per_group && args.groups > 0 ? args.count / args.groups + 1 : 1);
     parallel(count, std::max<int64_t>(kGrain / per_item, 1), per_item, 0, threads,
              [&](int64_t begin, int64_t end, std::byte*) { ranking_kernels().score_gradient(args, begin, end); });
 }

@@ -16,17 +16,32 @@ using cpu::RankingKernels;
 
 constexpr int64_t kItems = 256;  // at a time: fewer spend their time between the loops
 
-// x[0 .. count) - reference[0 .. count), and zeros up to `padded`.
+// x[0 .. count) - reference[0 .. count), and zeros up to `padded`: in `to`, or where they are if nothing is to be done.
 template <class T, class F = ValueOf<T>>
-void load_items(const void* x, const void* reference, int64_t begin, int64_t count, int64_t padded, F* to) {
+const F* load_items(const void* x, const void* reference, int64_t begin, int64_t count, int64_t padded, F* to) {
     const T* const from = static_cast<const T*>(x) + begin;
+    if constexpr (std::is_same_v<T, F>) {
+        if (!reference && count == padded) return from;
+    }
     for (int64_t i = count; i < padded; ++i) to[i] = F(0);
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) to[i] = value(from[i]);
-    if (!reference) return;
+    if (!reference) return to;
     const T* const other = static_cast<const T*>(reference) + begin;
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) to[i] -= value(other[i]);
+    return to;
+}
+
+// Where a block's results are computed: in place, unless they aren't wanted or the last vector would not fit.
+template <class F>
+F* place_of(F* wanted, int64_t start, bool fits, F* buffer) {
+    return wanted && fits ? wanted + start : buffer;
+}
+
+template <class F>
+void store_items(const F* from, int64_t start, int64_t count, F* wanted) {
+    if (wanted && from != wanted + start) std::memcpy(wanted + start, from, static_cast<size_t>(count) * sizeof(F));
 }
 
 template <class T, class Form>
@@ -34,21 +49,24 @@ LossSum pairs_of_form(const PairArgs& a, int64_t begin, int64_t end, Form form) 
     using F = ValueOf<T>;
     const F scale = F(a.options.scale), center = F(a.options.center);
     F* const losses = static_cast<F*>(a.reduction == Reduction::kNone ? a.loss : nullptr);
-    F* const first_gradient = static_cast<F*>(a.gradient);
-    F* const second_gradient = first_gradient && a.second ? first_gradient + a.count : nullptr;
+    F* const first_gradient = static_cast<F*>(a.first_gradient);
+    F* const second_gradient = static_cast<F*>(a.second_gradient);
     const F* const weight = static_cast<const F*>(a.weight);
     LossSum sum;
-    alignas(64) F first[kItems], second[kItems], margin[kItems], factor[kItems];
-    alignas(64) F loss[kItems], by_first[kItems], by_second[kItems];
+    alignas(64) F inputs[2][kItems], outputs[3][kItems], margin[kItems], factor[kItems];
     for (int64_t i = 0; i < kItems; ++i) margin[i] = F(a.options.margin), factor[i] = F(1);
 
     for (int64_t start = begin; start < end; start += kItems) {
         const int64_t count = minimum(kItems, end - start), padded = (count + kLanes - 1) / kLanes * kLanes;
+        F* const loss = place_of(losses, start, count == padded, outputs[0]);
+        F* const by_first = place_of(first_gradient, start, count == padded, outputs[1]);
+        F* const by_second = place_of(second_gradient, start, count == padded, outputs[2]);
 
         // Load
-        load_items<T>(a.first, a.first_reference, start, count, padded, first);
-        if (a.second) load_items<T>(a.second, a.second_reference, start, count, padded, second);
-        for (int64_t i = 0; !a.second && i < padded; ++i) second[i] = i < count && a.labels[start + i] ? F(1) : F(0);
+        const F* const first = load_items<T>(a.first, a.first_reference, start, count, padded, inputs[0]);
+        const F* second = inputs[1];
+        if (a.second) second = load_items<T>(a.second, a.second_reference, start, count, padded, inputs[1]);
+        for (int64_t i = 0; !a.second && i < padded; ++i) inputs[1][i] = i < count && a.labels[start + i] ? F(1) : F(0);
         for (int64_t i = 0; a.margin && i < count; ++i)
             margin[i] = static_cast<const F*>(a.margin)[(start + i) * a.margin_stride];
         for (int64_t i = 0; weight && i < count; ++i) factor[i] = weight[start + i];
@@ -99,10 +117,9 @@ LossSum pairs_of_form(const PairArgs& a, int64_t begin, int64_t end, Form form) 
         for (int64_t i = 0; i < count; ++i) block += loss[i];
         sum.loss += double(block);
         sum.count += double(counted);
-        const size_t bytes = static_cast<size_t>(count) * sizeof(F);
-        if (losses) std::memcpy(losses + start, loss, bytes);
-        if (first_gradient) std::memcpy(first_gradient + start, by_first, bytes);
-        if (second_gradient) std::memcpy(second_gradient + start, by_second, bytes);
+        store_items(loss, start, count, losses);
+        store_items(by_first, start, count, first_gradient);
+        store_items(by_second, start, count, second_gradient);
     }
     return sum;
 }
@@ -422,32 +439,37 @@ void multiply(const F* gradient, int64_t count, F factor, T* result) {
     for (int64_t i = 0; i < count; ++i) result[i] = round_to(gradient[i] * factor, T{});
 }
 
-template <class T>
-void score_gradient_of(const ScoreGradientArgs& a, int64_t begin, int64_t end) {
-    using F = ValueOf<T>;
+// The gradient of one side; `sign` is -1 where what is stored is that of the other.
+template <class T, class F = ValueOf<T>>
+void score_gradient_of(const ScoreGradientArgs& a, int64_t begin, int64_t end, const void* from, F sign, void* to) {
     const F denominator = a.denominator ? *static_cast<const F*>(a.denominator) : F(1);
-    const F inverse = denominator == F(0) ? F(0) : F(1) / denominator;
-    const F* const upstream = static_cast<const F*>(a.upstream);
-    for (int64_t row = 0; row < a.rows; ++row) {
-        const F* const gradient = static_cast<const F*>(a.gradient) + row * a.count;
-        T* const result = static_cast<T*>(a.result) + row * a.count;
-        if (!a.per_group) {  // `begin` and `end` count entries
-            multiply<T>(gradient + begin, end - begin, F(*upstream * inverse), result + begin);
-        } else if (!a.offsets && a.size == 1) {
+    const F inverse = denominator == F(0) ? F(0) : sign / denominator;
+    const F *const gradient = static_cast<const F*>(from), *const upstream = static_cast<const F*>(a.upstream);
+    T* const result = static_cast<T*>(to);
+    if (!a.per_group) {  // `begin` and `end` count entries
+        multiply<T>(gradient + begin, end - begin, F(*upstream * inverse), result + begin);
+    } else if (!a.offsets && a.size == 1) {
 #pragma omp simd
-            for (int64_t i = begin; i < end; ++i) result[i] = round_to(gradient[i] * (upstream[i] * inverse), T{});
-        } else {  // groups
-            for (int64_t group = begin; group < end; ++group) {
-                const int64_t first = a.offsets ? a.offsets[group] : group * a.size;
-                const int64_t last = a.offsets ? a.offsets[group + 1] : first + a.size;
-                multiply<T>(gradient + first, last - first, F(upstream[group] * inverse), result + first);
-            }
+        for (int64_t i = begin; i < end; ++i) result[i] = round_to(gradient[i] * (upstream[i] * inverse), T{});
+    } else {  // groups
+        for (int64_t group = begin; group < end; ++group) {
+            const int64_t first = a.offsets ? a.offsets[group] : group * a.size;
+            const int64_t last = a.offsets ? a.offsets[group + 1] : first + a.size;
+            multiply<T>(gradient + first, last - first, F(upstream[group] * inverse), result + first);
         }
     }
 }
 
 void score_gradient(const ScoreGradientArgs& args, int64_t begin, int64_t end) {
-    with_element(args.dtype, [&](auto type) { score_gradient_of<decltype(type)>(args, begin, end); });
+    with_element(args.dtype, [&](auto type) {
+        using T = decltype(type);
+        using F = ValueOf<T>;
+        score_gradient_of<T>(args, begin, end, args.gradient, F(1), args.result);
+        if (!args.second_result) return;
+        const bool stored = args.second_gradient;
+        score_gradient_of<T>(args, begin, end, stored ? args.second_gradient : args.gradient, F(stored ? 1 : -1),
+                             args.second_result);
+    });
 }
 
 }  // namespace

@@ -114,6 +114,7 @@ void score_groups(const GroupArgs& args, int threads) {
         work += size * size + 4 * size + 8;
         if (work >= kWork) work = 0;
     }
+    if (entries == 0) return;  // and nowhere to write
     const bool matrix = args.op == GroupOp::kWinProbabilities;
     const Dtype wide = args.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
     const bool stream = matrix && begin_stream(Rows{args.result, wide}, Rows{}, entries);

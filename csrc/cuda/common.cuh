@@ -322,14 +322,17 @@ __device__ __forceinline__ float warp_max(float x) {
 __device__ __forceinline__ int warp_min(int x) { return __reduce_min_sync(~0u, x); }
 __device__ __forceinline__ int warp_sum(int x) { return __reduce_add_sync(~0u, x); }
 
-__device__ __forceinline__ Softmax<float> warp_merge(Softmax<float> state, float inverse_temperature) {
-    const float max = warp_max(state.max);
-    return {max, warp_sum(__fmul_rn(state.sum, rescale(state.max, max, inverse_temperature)))};
+// The sum over `kThreads` neighbouring threads, in each of them.
+template <int kThreads, class N>
+__device__ __forceinline__ N sum_over(N x) {
+#pragma unroll
+    for (int lane = kThreads / 2; lane > 0; lane /= 2) x += __shfl_xor_sync(~0u, x, lane);
+    return x;
 }
 
 // The block's sum in every thread. `slots` [32] is free again after the next barrier.
 template <class N>
-__device__ N block_sum(N x, N* slots) {
+__device__ N block_total(N x, N* slots) {
     for (int lane = kWarp / 2; lane > 0; lane /= 2) x += __shfl_down_sync(~0u, x, lane);
     __syncthreads();
     if (threadIdx.x % kWarp == 0) slots[threadIdx.x / kWarp] = x;
@@ -337,6 +340,11 @@ __device__ N block_sum(N x, N* slots) {
     N sum = 0;
     for (int warp = 0; warp < int(blockDim.x) / kWarp; ++warp) sum += slots[warp];
     return sum;
+}
+
+__device__ __forceinline__ Softmax<float> warp_merge(Softmax<float> state, float inverse_temperature) {
+    const float max = warp_max(state.max);
+    return {max, warp_sum(__fmul_rn(state.sum, rescale(state.max, max, inverse_temperature)))};
 }
 
 // The threads of one block, merging a state: merger(a, b) joins two, merger.warp(a) a warp's 32. Two sets of slots take

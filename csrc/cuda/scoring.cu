@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) reward_heads(const RewardArgs a) {
         for (int64_t c = 0; c < a.heads; ++c) {
             double score = NAN;
             if (last >= 0)
-                score = block_sum(
+                score = block_total(
                     double(partial_dot(row_pointer<const T>(a.hidden, last), head + c * a.width, a.width)), sums);
             if (threadIdx.x == 0) scores[b * a.heads + c] = float(score + (bias ? double(bias[c]) : 0.0));
         }
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads) reward_bias(const RewardGradientArgs
         double sum = 0;
         for (int64_t b = threadIdx.x; b < a.sequences; b += kThreads)
             if (a.last[b] >= 0) sum += static_cast<const float*>(a.upstream)[b * a.heads + c];
-        sum = block_sum(sum, sums);
+        sum = block_total(sum, sums);
         if (threadIdx.x == 0) static_cast<float*>(a.bias_gradient)[c] = float(sum);
     }
 }
