@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -425,6 +426,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
     m.def("build_info", build_info);
+    m.def("getenv", [](const char* name) -> const char* { return std::getenv(name); });
     register_cpu(m.def_submodule("cpu"));
 #if defined(PYALIGN_WITH_CUDA)
     register_cuda(m.def_submodule("cuda"));

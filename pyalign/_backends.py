@@ -12,7 +12,7 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import torch
@@ -123,16 +123,23 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype, k: int = 0, wid
     return _triton_refusal(device.type)
 
 
+@functools.cache
+def _reader() -> Callable[[str], str | None]:
+    """Reads an environment variable. What os.environ.get takes for one that is not set is a fiftieth of a small loss."""
+    module = native()[0]
+    return os.environ.get if module is None else module.getenv
+
+
 def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     """The backend for these tensors, and why."""
-    return _decide(_forced.get(), os.environ.get("PYALIGN_BACKEND"), device, dtype, 0, False)
+    return _decide(_forced.get(), _reader()("PYALIGN_BACKEND"), device, dtype, 0, False)
 
 
 @torch.compiler.assume_constant_result
 def choose_name(device: torch.device, dtype: torch.dtype, k: int = 0, wide: bool = False) -> str:
     """The backend's name; while torch.compile traces, it is a constant of the graph. Warns, once for each kind of call,
     where plain torch stands in for kernels that should be there."""
-    variable = os.environ.get("PYALIGN_BACKEND")
+    variable = _reader()("PYALIGN_BACKEND")
     choice = _decide(_forced.get(), variable, device, dtype, k, wide)
     if choice.warning and choice.warning not in _warned:
         _warned.add(choice.warning)

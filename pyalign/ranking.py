@@ -218,8 +218,7 @@ def pairwise_preference_loss(
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value; nothing is broadcast.
         RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
     """
-    _checks.scores("chosen", chosen)
-    _checks.scores("rejected", rejected, chosen)
+    _checks.score_pairs("chosen", chosen, "rejected", rejected)
     fixed = 0.0 if margin is None or isinstance(margin, Tensor) else margin
     given = loss_type, scale, fixed, label_smoothing, center_coefficient, reduction
     options = _checked(given)

@@ -52,7 +52,7 @@ LIMITS = {
     "topk_distill_rows": Limit(TYPES, threads=512, blocks=1),
     "logprob_rows": Limit(2 * (TYPES + 2), threads=1024, blocks=1),  # float32 logits have all types of gradients
     "scale_rows": Limit(TYPES, threads=256, blocks=4),
-    "pair_items": Limit(TYPES, threads=512, blocks=2, static_shared=256),
+    "pair_items": Limit(TYPES, threads=512, blocks=2, static_shared=320),
     "rank_pairs": Limit(2 * TYPES, threads=256, blocks=5, static_shared=320),
     "rank_stages": Limit(TYPES, threads=256, blocks=3, static_shared=1024),
     "scale_scores": Limit(TYPES, threads=256, blocks=8),
