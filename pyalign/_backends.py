@@ -125,7 +125,7 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype, k: int = 0, wid
 
 @functools.cache
 def _reader() -> Callable[[str], str | None]:
-    """Reads an environment variable. What os.environ.get takes for one that is not set is a fiftieth of a small loss."""
+    """Reads an environment variable. os.environ.get takes a fiftieth of a small loss for one that is not set."""
     module = native()[0]
     return os.environ.get if module is None else module.getenv
 

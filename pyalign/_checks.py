@@ -243,9 +243,15 @@ def scores(name: str, x: Tensor, like: Tensor | None = None) -> None:
 
 def score_pairs(first_name: str, first: Tensor, second_name: str, second: Tensor) -> None:
     """Both hold one score per pair, (P,)."""
-    if type(first) is type(second) is Tensor and first.dim() == 1 and first.shape == second.shape:
-        if first.dtype in _FLOATING and second.dtype in _FLOATING and first.device == second.device:
-            return  # all is well in one look, which counts where a kernel takes microseconds
+    if (
+        type(first) is type(second) is Tensor
+        and first.dim() == 1
+        and first.shape == second.shape
+        and first.dtype in _FLOATING
+        and second.dtype in _FLOATING
+        and first.device == second.device
+    ):
+        return  # all is well in one look, which counts where a kernel takes microseconds
     scores(first_name, first)
     scores(second_name, second, first)
 
