@@ -8,6 +8,7 @@ from pyalign import distill, logprob, nn, ranking, scoring
 from pyalign._backends import backend
 from pyalign._version import __version__
 from pyalign.distill import (
+    ContextDistillationCollator,
     TopKLogprobs,
     distillation_loss,
     linear_distillation_loss,
@@ -40,6 +41,7 @@ from pyalign.scoring import (
 
 __all__ = [
     "BradleyTerryFit",
+    "ContextDistillationCollator",
     "PairScorer",
     "PreferenceOutput",
     "TopKLogprobs",

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from pyalign import _checks, _ops, _ops_linear
 from pyalign._backends import TRITON_TOPK_VOCAB, choose_name
+from pyalign._collator import ContextDistillationCollator
 from pyalign._linear import Projection, Settings
 from pyalign._types import DIVERGENCES, TAILS, Options, Results, Tokens, accumulation_dtype
 from pyalign.reference import distill as _reference
 from pyalign.reference import linear as _linear_reference
 
 __all__ = [
+    "ContextDistillationCollator",
     "DistillationMetrics",
     "TopKLogprobs",
     "distillation_loss",
