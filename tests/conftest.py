@@ -57,3 +57,9 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def single_thread(threads: Callable[[int], None]) -> None:
+    """For modules of many small models, on machines where other tests run beside them."""
+    threads(1)

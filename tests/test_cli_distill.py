@@ -48,6 +48,8 @@ from pyalign.context_distillation.train import (  # noqa: E402
 from pyalign.distill import distillation_loss, topk_distillation_loss, topk_logprobs  # noqa: E402
 from pyalign.teacher_store import TeacherStore, TeacherStoreWriter  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("single_thread")
+
 PROMPT = "Say yes, gladly.\n\n"
 CHUNK = 36
 COLLECT = CollectSettings(PROMPT, k=6, sequences_per_shard=4, batch_size=3)
@@ -109,14 +111,6 @@ def sequences_of(lm: CausalLM, texts: Path, max_sequences: int | None = 40):
         max_sequences=max_sequences,
         bos=lm.bos,
     )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -41,15 +41,9 @@ from pyalign.pair_scorer import job  # noqa: E402
 from pyalign.pair_scorer.job import ScoreSettings, read_source, score_files  # noqa: E402
 from pyalign.pair_scorer.tokens import ResponseSet  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("single_thread")
+
 WINDOW = 4
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -23,16 +23,10 @@ from pyalign.pair_scorer.batches import Sharing, make_batches  # noqa: E402
 from pyalign.pair_scorer.prefetch import prefetched  # noqa: E402
 from pyalign.pair_scorer.tokens import Encoder, ResponseSet, TokenGroup, TokenOptions  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("single_thread")
+
 ITEMS = make_items()
 NULL = "Assistant:"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def loop(model: Any, tokenizer: Any, items: list[ResponseSet], score: str, reference: Any = None) -> torch.Tensor:
