@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(kStageThreads, 3) rank_stages(const RankArgs a
 // ---- Backward ----
 
 template <class T>
-__global__ void __launch_bounds__(kElementThreads) scale_scores(const ScoreGradientArgs a) {
+__global__ void __launch_bounds__(kElementThreads, 8) scale_scores(const ScoreGradientArgs a) {
     const float over = a.denominator ? *static_cast<const float*>(a.denominator) : 1.f;
     const float* const upstream = static_cast<const float*>(a.upstream);
     const int64_t stride = int64_t{gridDim.x} * blockDim.x;
