@@ -350,10 +350,10 @@ def ranked_preference_loss(
     Returns:
         The loss, float32 (float64 for float64 scores): () or, for "none", (G,).
 
-    NaN or +inf in a present score makes its group NaN. On the CPU a pairwise loss takes O(K^2) time, Plackett-Luce
-    O(K log K); both take O(K) memory (the reference backend takes O(K^2), and reads the largest size of packed groups
-    on the host). Offsets that don't cut the scores raise on the CPU; on a GPU entries outside are not read, and the
-    result is NaN.
+    NaN or +inf in a present score makes its group NaN. A pairwise loss takes O(K^2) time, Plackett-Luce O(K log K) on
+    the CPU, O(K log^2 K) in CUDA C++, O(K^2) in Triton; all take O(K) memory (the reference backend takes O(K^2), and
+    reads the largest size of packed groups on the host). Offsets that don't cut the scores raise on the CPU; on a GPU
+    entries outside are not read, and the result is NaN.
 
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
