@@ -526,6 +526,23 @@ def test_infinite_and_missing_numbers(engine: Engine):
 
 
 @every_engine
+@pytest.mark.parametrize("size", [5, 40])
+@pytest.mark.parametrize("ties", ["breslow", "efron"])
+def test_infinite_scores_of_stages(engine: Engine, size: int, ties: str):
+    """Plackett-Luce: what is last may be impossible, with a gradient of 0; +inf makes the whole group NaN."""
+    x, order = scores(4, size), torch.arange(size).expand(4, size).contiguous()
+    x[1, size - 1], x[2, size // 2], x[3, 0] = -math.inf, math.inf, math.inf
+    with engine():
+        ours = evaluate(
+            ranked_preference_loss, on(engine, x), constants=(on(engine, order),), method="plackett_luce", ties=ties,
+            reduction="none",
+        )  # fmt: skip
+    assert ours.loss.isnan().cpu().tolist() == [False, False, True, True]
+    assert ours.gradients[0].isnan().sum(1).cpu().tolist() == [0, 0, size, size]
+    assert ours.gradients[0][1, size - 1] == 0
+
+
+@every_engine
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_group_that_is_nan_leaves_the_gradients_of_the_others(engine: Engine, reduction: str):
     x, order = scores(40), ranks(40)

@@ -281,7 +281,8 @@ __device__ __forceinline__ GroupResult block_stages(const T* scores, const int64
     for (int k = threadIdx.x; k < count; k += blockDim.x) {
         const int begin = sorted.begins[k], last = sorted.ends[k] - 1;
         const float stages = efron ? weights[begin] + owns[last] : weights[last];
-        const float slope = relative(k) / sorted.sums[begin] * stages;
+        // An impossible entry (-inf) has slope 0, also where it is all that is left; a NaN is the whole group's.
+        const float slope = loss == loss ? weigh(relative(k), stages / sorted.sums[begin]) : NAN;
         gradient[sorted.places[k]] = scale * (slope - (is_stage(k) ? 1.f : 0.f));
     }
     return {loss, pairs};
