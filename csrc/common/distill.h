@@ -213,7 +213,11 @@ struct TotalVariation {
     PYALIGN_HD F slope(Point<F> x, Sums<F> row) const { return flow(x) - x.q * row.aux; }
 };
 
-// body(the divergence of this kind): the one place where a kind becomes a type.
+// body(the divergence of this kind): the one place where a kind becomes a type. The host calls it with lambdas of its
+// own, which nvcc would warn of.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
 template <class F, class Body>
 PYALIGN_HD auto with_divergence(Divergence kind, F beta, Body body) {
     switch (kind) {
