@@ -6,6 +6,7 @@
 
 #include "cpu/cpu.h"
 #include "cpu/kernels.h"
+#include "cpu/numbers.h"
 #include "cpu/parallel.h"
 
 namespace pyalign {
@@ -116,11 +117,6 @@ void check_entries(const TopKDistillArgs& args, int threads) {
 }
 
 // ---- Losses ----
-
-double read(const void* data, Dtype dtype) {
-    return dtype == Dtype::kFloat64 ? *static_cast<const double*>(data)
-                                    : static_cast<double>(*static_cast<const float*>(data));
-}
 
 double denominator_of(const Tokens& tokens, Dtype dtype) {
     if (tokens.reduction != Reduction::kMean) return 1;

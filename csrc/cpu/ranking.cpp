@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/cpu.h"
+#include "cpu/numbers.h"
 #include "cpu/offsets.h"
 #include "cpu/parallel.h"
 #include "cpu/ranking_kernels.h"
@@ -15,18 +16,6 @@ PYALIGN_TABLES(RankingKernels, kRankingKernels, ranking_kernels)
 
 namespace pyalign::cpu {
 namespace {
-
-double read(const void* data, Dtype dtype) {
-    return dtype == Dtype::kFloat64 ? *static_cast<const double*>(data)
-                                    : static_cast<double>(*static_cast<const float*>(data));
-}
-
-void write(void* data, Dtype dtype, int64_t index, double value) {
-    if (dtype == Dtype::kFloat64)
-        static_cast<double*>(data)[index] = value;
-    else
-        static_cast<float*>(data)[index] = static_cast<float>(value);
-}
 
 // Writes the reduced loss and what it was divided by. `Args` is PairArgs or RankArgs.
 template <class Args>

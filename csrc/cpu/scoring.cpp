@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cpu/cpu.h"
+#include "cpu/numbers.h"
 #include "cpu/offsets.h"
 #include "cpu/parallel.h"
 #include "cpu/scoring_kernels.h"
@@ -68,14 +69,9 @@ void reward_gradient(const RewardGradientArgs& args, int threads) {
         double sum = 0;
         for (int64_t b = 0; b < args.sequences; ++b) {
             if (args.last[b] < 0) continue;
-            const int64_t place = b * args.heads + c;
-            sum += args.dtype == Dtype::kFloat64 ? static_cast<const double*>(args.upstream)[place]
-                                                 : double(static_cast<const float*>(args.upstream)[place]);
+            sum += read(args.upstream, args.dtype, b * args.heads + c);
         }
-        if (args.dtype == Dtype::kFloat64)
-            static_cast<double*>(args.bias_gradient)[c] = sum;
-        else
-            static_cast<float*>(args.bias_gradient)[c] = static_cast<float>(sum);
+        write(args.bias_gradient, args.dtype, c, sum);
     }
 }
 
