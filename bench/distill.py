@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyalign import distillation_loss, topk_distillation_loss, topk_logprobs
-from pyalign.benchmark import copy_function, interleaved, kept_memory, peak_extra_memory
+from pyalign.benchmark import copy_function, figures, interleaved, kept_memory, peak_extra_memory
 
 # torch.compile's own imports use what torch has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -69,19 +69,10 @@ def report(benchmark: Any, functions: dict[str, Callable[[], object]], like: Ten
         benchmark(next(iter(functions.values())))
         return
     copy, copy_bytes = copy_function(like)
-    ours = next(iter(functions))
-    info = benchmark.extra_info
     with kept_memory(12 * 4 * like.numel()) if DEVICE.type == "cpu" else contextlib.nullcontext():
         times = interleaved({**functions, "copy": copy}, DEVICE, rounds=7)
-        benchmark.pedantic(functions[ours], rounds=5, warmup_rounds=1)
-    info["bytes"] = bytes_moved
-    info["GB_per_s"] = bytes_moved / times[ours] / 1e9
-    info["copy_GB_per_s"] = copy_bytes / times["copy"] / 1e9
-    info["share_of_copy"] = info["GB_per_s"] / info["copy_GB_per_s"]
-    for name in functions:
-        info[f"{name}_ms"] = times[name] * 1e3
-        if name != ours:
-            info[f"over_{name}"] = times[name] / times[ours]
+        benchmark.pedantic(next(iter(functions.values())), rounds=5, warmup_rounds=1)
+    benchmark.extra_info.update(figures(times, bytes_moved, copy_bytes))
 
 
 def logits(rows: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

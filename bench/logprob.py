@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyalign import token_logprobs
-from pyalign.benchmark import copy_function, interleaved, kept_memory
+from pyalign.benchmark import copy_function, figures, interleaved, kept_memory
 
 # torch.compile's own imports use what torch has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -50,18 +50,11 @@ def report(benchmark: Any, step: Callable[[Any], Callable[[], object]], like: Te
         return
     functions["compile"] = step(torch.compile(torch_logprobs))
     copy, copy_bytes = copy_function(like)
-    info, moved = benchmark.extra_info, reads_and_writes * like.numel() * like.element_size()
+    moved = reads_and_writes * like.numel() * like.element_size()
     with kept_memory(8 * 4 * like.numel()) if DEVICE.type == "cpu" else contextlib.nullcontext():
         times = interleaved({**functions, "copy": copy}, DEVICE, rounds=7)
         benchmark.pedantic(functions["pyalign"], rounds=5, warmup_rounds=1)
-    info["bytes"] = moved
-    info["GB_per_s"] = moved / times["pyalign"] / 1e9
-    info["copy_GB_per_s"] = copy_bytes / times["copy"] / 1e9
-    info["share_of_copy"] = info["GB_per_s"] / info["copy_GB_per_s"]
-    for name in functions:
-        info[f"{name}_ms"] = times[name] * 1e3
-        if name != "pyalign":
-            info[f"over_{name}"] = times[name] / times["pyalign"]
+    benchmark.extra_info.update(figures(times, moved, copy_bytes))
 
 
 def inputs(benchmark: Any, rows: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

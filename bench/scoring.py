@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyalign import best_of_n, expected_win_rates, preference_metrics, reward_scores, win_probabilities
-from pyalign.benchmark import copy_function, interleaved, kept_memory
+from pyalign.benchmark import copy_function, figures, interleaved, kept_memory
 
 # torch.compile's own imports use what torch has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -46,18 +46,10 @@ def report(
     if compiled is not None:
         functions["compile"] = step(torch.compile(compiled))
     copy, copy_bytes = copy_function(torch.empty(max(moved, 1 << 26) // 8, device=DEVICE))
-    info = benchmark.extra_info
     with kept_memory(max(16 * moved, 1 << 28)) if DEVICE.type == "cpu" else contextlib.nullcontext():
         times = interleaved({**functions, "copy": copy}, DEVICE, rounds=rounds, warmup=3)
         benchmark.pedantic(functions["pyalign"], rounds=5, warmup_rounds=1)
-    info["bytes"] = moved
-    info["GB_per_s"] = moved / times["pyalign"] / 1e9
-    info["copy_GB_per_s"] = copy_bytes / times["copy"] / 1e9
-    info["share_of_copy"] = info["GB_per_s"] / info["copy_GB_per_s"]
-    for name in functions:
-        info[f"{name}_ms"] = times[name] * 1e3
-        if name != "pyalign":
-            info[f"over_{name}"] = times[name] / times["pyalign"]
+    benchmark.extra_info.update(figures(times, moved, copy_bytes))
 
 
 def forward(*inputs: Any) -> Callable[[Any], Step]:

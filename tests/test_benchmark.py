@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from pyalign.benchmark import copy_function, interleaved, kept_memory, peak_extra_memory
+from pyalign.benchmark import copy_function, figures, interleaved, kept_memory, peak_extra_memory
 
 CPU = torch.device("cpu")
 MEGABYTES_64 = 1 << 26
@@ -24,6 +24,19 @@ def test_interleaved_calls_take_turns_and_report_their_medians():
     times = interleaved({"slow": slow, "fast": lambda: calls.append("fast")}, CPU, rounds=3, warmup=1)
     assert calls == ["slow", "fast", *["slow", "fast"] * 3]
     assert times["slow"] >= 0.02 > times["fast"]
+
+
+def test_figures_of_a_case():
+    found = figures({"pyalign": 0.002, "eager": 0.006, "copy": 0.001}, moved=10**6, copy_bytes=10**6)
+    wanted = {
+        "GB_per_s": 0.5,
+        "copy_GB_per_s": 1.0,
+        "share_of_copy": 0.5,
+        "pyalign_ms": 2,
+        "eager_ms": 6,
+        "over_eager": 3,
+    }
+    assert found == pytest.approx({"bytes": 10**6, **wanted})
 
 
 def test_a_copy_moves_the_bytes_that_it_states():

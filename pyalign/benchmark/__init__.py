@@ -11,12 +11,12 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 
 import torch
 
-__all__ = ["copy_function", "interleaved", "kept_memory", "peak_extra_memory", "seconds"]
+__all__ = ["copy_function", "figures", "interleaved", "kept_memory", "peak_extra_memory", "seconds"]
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
@@ -79,6 +79,23 @@ def copy_function(like: torch.Tensor) -> tuple[Callable[[], object], int]:
     """A copy of ``like`` into memory that is in use already, and the bytes that it reads and writes."""
     source, target = torch.randn_like(like), torch.zeros_like(like)
     return (lambda: target.copy_(source)), 2 * like.numel() * like.element_size()
+
+
+def figures(times: Mapping[str, float], moved: int, copy_bytes: int) -> dict[str, float]:
+    """What a case reports of the ``times`` of competitors, ours the first, and of a "copy" of ``copy_bytes``.
+
+    The bytes that the work must move, what ours moves and the copy in GB/s, and the share that it is of the copy's;
+    everybody's milliseconds, and how many times ours the others take.
+    """
+    ours = next(iter(times))
+    rate, copy_rate = moved / times[ours] / 1e9, copy_bytes / times["copy"] / 1e9
+    found = {"bytes": moved, "GB_per_s": rate, "copy_GB_per_s": copy_rate, "share_of_copy": rate / copy_rate}
+    for name, time_taken in times.items():
+        if name != "copy":
+            found[f"{name}_ms"] = time_taken * 1e3
+        if name not in ("copy", ours):
+            found[f"over_{name}"] = time_taken / times[ours]
+    return found
 
 
 def peak_extra_memory(function: Callable[[], object], device: torch.device) -> int:
