@@ -104,9 +104,12 @@ def make_batches(groups: Sequence[TokenGroup], budget: int, sharing: Sharing, *,
     ]
     rows.sort(key=lambda row: -row.length)
     # Rows that no tree mask may be laid over stay among themselves.
-    long = [row for row in rows if len(row.members) == 1 and not sharing.short(row.length)]
+    long: list[Row] = []
+    others: list[Row] = []
+    for row in rows:
+        (long if len(row.members) == 1 and not sharing.short(row.length) else others).append(row)
     batches: list[Batch] = []
-    for kind in (long, [row for row in rows if row not in long]) if long else (rows,):
+    for kind in (long, others):
         current: list[Row] = []
         for row in kind:
             alone = singly or (len(row.members) == 1 and sharing.alone is not None and row.length > sharing.alone)
@@ -163,7 +166,7 @@ def collate(batch: Batch, groups: Sequence[TokenGroup], *, padding: int = 0, cou
         begin = b * length
         ids = group.sequences[row.members[0]][:shared]
         for member in row.members:
-            ids = ids + group.sequences[member][shared:]
+            ids += group.sequences[member][shared:]
         input_ids[b, : row.length] = torch.tensor(ids, dtype=torch.int64)
         mask[b, : row.length] = True
         if positions is not None and segments is not None:
