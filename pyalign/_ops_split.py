@@ -82,7 +82,7 @@ class _Distillation(NamedTuple):
 def _logprob(logits: Tensor, targets: Tensor, *arguments: Any) -> list[Tensor]:
     """[log-probs, saved, entropies if wanted]"""
     *options, want_entropy, group, sizes, backend = arguments
-    saved = logits.new_empty((targets.shape[0], saved_width("logprob", 0, False)), dtype=torch.float64)
+    saved = logits.new_empty((targets.shape[0], saved_width("logprob")), dtype=torch.float64)
     engine = SplitEngine(backend, of_group(group, tuple(sizes)), record=saved)
     results = engine.logprob(logits, targets, *options, want_entropy, True)
     return [x for x in (results.logprob, saved, results.entropy) if x is not None]
@@ -91,7 +91,7 @@ def _logprob(logits: Tensor, targets: Tensor, *arguments: Any) -> list[Tensor]:
 def _logprob_fake(logits: Tensor, targets: Tensor, *arguments: Any) -> list[Tensor]:
     *_, want_entropy, _, _, _ = arguments
     count, dtype = targets.shape[0], accumulation_dtype(logits.dtype)
-    saved = logits.new_empty((count, saved_width("logprob", 0, False)), dtype=torch.float64)
+    saved = logits.new_empty((count, saved_width("logprob")), dtype=torch.float64)
     return [logits.new_empty(count, dtype=dtype), saved, *([logits.new_empty(count, dtype=dtype)] * want_entropy)]
 
 

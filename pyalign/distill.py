@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from pyalign import _checks, _ops, _ops_linear, _ops_split, _shards
+from pyalign import _checks, _ops, _ops_linear, _ops_split, _shards, _vocabulary
 from pyalign._backends import TRITON_TOPK_VOCAB, choose_name
 from pyalign._collator import ContextDistillationCollator
 from pyalign._linear import Projection, Settings
@@ -65,14 +65,14 @@ def _options(
     return Options(vocab, divergence, float(beta), temperature, bool(temperature_squared), float(hard_weight))
 
 
-def _vocabulary(
+def _used_vocabulary(
     vocab_size: int | None, student: Tensor, teacher_width: int | None, shards: _shards.Shards | None
 ) -> int:
     width = student.shape[-1]
     if shards is not None:
         if teacher_width is not None and teacher_width != width:
             _checks.refuse("teacher_logits", f"a slice of {teacher_width}", f"the student's {width} entries")
-        return shards.limit(vocab_size)
+        return _vocabulary.limit(shards, vocab_size)
     if vocab_size is None:
         if teacher_width is not None and teacher_width != width:
             _checks.refuse(
@@ -198,8 +198,8 @@ def distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **optio
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
         RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
     """
-    student_logits, shards = _shards.local("student_logits", student_logits, process_group)
-    teacher_logits = _shards.like("teacher_logits", teacher_logits, shards, "student_logits")
+    student_logits, shards = _vocabulary.local("student_logits", student_logits, process_group)
+    teacher_logits = _vocabulary.like("teacher_logits", teacher_logits, shards, "student_logits")
     _checks.floating("teacher_logits", teacher_logits, 1)
     _checks.same_device("teacher_logits", teacher_logits, student_logits)
     if teacher_rows is None and teacher_logits.shape[:-1] != student_logits.shape[:-1]:
@@ -208,7 +208,7 @@ def distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **optio
             f"leading shape {tuple(teacher_logits.shape[:-1])}",
             f"the student's {tuple(student_logits.shape[:-1])}, or teacher_rows= to match them",
         )
-    vocab = _vocabulary(vocab_size, student_logits, teacher_logits.shape[-1], shards)
+    vocab = _used_vocabulary(vocab_size, student_logits, teacher_logits.shape[-1], shards)
     tokens = _checks.tokens(
         student_logits, mask=mask, labels=labels, ignore_index=ignore_index, teacher_rows=teacher_rows, weight=weight,
         targets=targets, hard_weight=hard_weight, num_items=num_items, reduction=reduction,
@@ -221,9 +221,7 @@ def distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **optio
     return _run(_ops.DISTILL, student_logits, (teacher,), tokens, options, inplace, return_metrics, shards)
 
 
-def topk_logprobs(
-    logits: Tensor, k: int = 50, *, temperature: float = 1.0, process_group: Any = None
-) -> TopKLogprobs:
+def topk_logprobs(logits: Tensor, k: int = 50, *, temperature: float = 1.0, process_group: Any = None) -> TopKLogprobs:
     """The k largest log-probabilities of softmax(logits / T) per row, and the log of the mass outside them.
 
     ``residual = logsumexp(logits outside / T) - logsumexp(logits / T)``, summed over the entries outside and not taken
@@ -243,7 +241,7 @@ def topk_logprobs(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or value.
     """
-    logits, shards = _shards.local("logits", logits, process_group)
+    logits, shards = _vocabulary.local("logits", logits, process_group)
     vocab = logits.shape[-1] if shards is None else shards.vocab
     if not isinstance(k, int) or not 0 < k <= vocab:
         _checks.refuse("k", repr(k), f"an int with 0 < k <= {vocab}, the vocabulary")
@@ -358,9 +356,9 @@ def topk_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **
             out of range, raises on the CPU and gives NaN for its row on a GPU.
         RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
     """
-    student_logits, shards = _shards.local("student_logits", student_logits, process_group)
+    student_logits, shards = _vocabulary.local("student_logits", student_logits, process_group)
     stored = _check_stored(teacher, tail, student_logits, teacher_rows is not None, temperature)
-    vocab = _vocabulary(vocab_size, student_logits, None, shards)
+    vocab = _used_vocabulary(vocab_size, student_logits, None, shards)
     tokens = _checks.tokens(
         student_logits, mask=mask, labels=labels, ignore_index=ignore_index, teacher_rows=teacher_rows, weight=weight,
         targets=targets, hard_weight=hard_weight, num_items=num_items, reduction=reduction,
@@ -377,7 +375,7 @@ def _run_linear(
 ) -> Any:  # fmt: skip
     """Dispatches a loss straight from hidden states; ``student.hidden`` is flat, ``shape`` that of its tokens."""
     hidden = student.hidden
-    backend = choose_name(hidden.device, settings.logits_dtype)
+    backend = choose_name(hidden.device, settings.logits_dtype, split=settings.group is not None)
     if backend == "reference":
         function = getattr(_linear_reference, name)
         other = Projection(*teacher) if name == "linear_distill" else teacher
@@ -481,11 +479,17 @@ def linear_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # 
             smallest chunk.
         RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
     """
-    _checks.no_process_group(process_group)
+    student_hidden, student_weight, student_bias, shards = _vocabulary.head(
+        "student_", student_hidden, student_weight, student_bias, process_group
+    )
+    if shards is not None:
+        teacher_hidden, teacher_weight, teacher_bias = _vocabulary.same_head(
+            "teacher_", teacher_hidden, teacher_weight, teacher_bias, shards, "student_weight"
+        )
     gemm_dtype = _checks.autocast_dtype(student_hidden)
-    autocast = gemm_dtype is not None
-    _checks.projection("student_", student_hidden, student_weight, student_bias, student_softcap, autocast)
-    _checks.projection("teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, autocast)
+    autocast, split = gemm_dtype is not None, shards is not None
+    _checks.projection("student_", student_hidden, student_weight, student_bias, student_softcap, autocast, split)
+    _checks.projection("teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, autocast, split)
     _checks.same_device("teacher_hidden", teacher_hidden, student_hidden)
     if teacher_rows is None and teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
         _checks.refuse(
@@ -493,7 +497,7 @@ def linear_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # 
             f"leading shape {tuple(teacher_hidden.shape[:-1])}",
             f"the student's {tuple(student_hidden.shape[:-1])}, or teacher_rows= to match them",
         )
-    vocab = _linear_vocabulary(vocab_size, student_weight, teacher_weight)
+    vocab = _linear_vocabulary(vocab_size, student_weight, teacher_weight, shards)
     tokens = _checks.tokens(
         student_hidden, mask=mask, labels=labels, ignore_index=ignore_index, teacher_rows=teacher_rows, weight=weight,
         targets=targets, hard_weight=hard_weight, num_items=num_items, reduction=reduction,
@@ -501,7 +505,7 @@ def linear_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # 
     temperature = _checks.temperature("temperature", temperature)
     options = _options(vocab, divergence, beta, temperature, temperature_squared, hard_weight)
     settings = _checks.linear_settings(
-        workspace_bytes, num_valid, logits_dtype, gemm_dtype, student_hidden, teacher_hidden
+        workspace_bytes, num_valid, logits_dtype, gemm_dtype, shards, student_hidden, teacher_hidden
     )
     student = Projection(_checks.flat_rows(student_hidden), student_weight, student_bias, student_softcap)
     bias = None if teacher_bias is None else teacher_bias.detach()
@@ -510,8 +514,14 @@ def linear_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # 
     return _run_linear("linear_distill", student, teacher, tokens, options, settings, shape, return_metrics)
 
 
-def _linear_vocabulary(vocab_size: int | None, student_weight: Tensor, teacher_weight: Tensor | None) -> int:
+def _linear_vocabulary(
+    vocab_size: int | None, student_weight: Tensor, teacher_weight: Tensor | None, shards: _shards.Shards | None
+) -> int:
     width = student_weight.shape[0]
+    if shards is not None:
+        if teacher_weight is not None and teacher_weight.shape[0] != width:
+            _checks.refuse("teacher_weight", f"a slice of {teacher_weight.shape[0]}", f"the student's {width} entries")
+        return _vocabulary.limit(shards, vocab_size)
     if vocab_size is None:
         if teacher_weight is not None and teacher_weight.shape[0] != width:
             wanted = f"the student's {width}, or vocab_size= for both"
@@ -585,18 +595,20 @@ def linear_topk_distillation_loss(  # pyright: ignore[reportInconsistentOverload
             smallest chunk. An index twice in one row, or out of range, raises on the CPU and gives NaN on a GPU.
         RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
     """
-    _checks.no_process_group(process_group)
+    student_hidden, student_weight, student_bias, shards = _vocabulary.head(
+        "student_", student_hidden, student_weight, student_bias, process_group
+    )
     gemm_dtype = _checks.autocast_dtype(student_hidden)
-    autocast = gemm_dtype is not None
-    _checks.projection("student_", student_hidden, student_weight, student_bias, student_softcap, autocast)
+    autocast, split = gemm_dtype is not None, shards is not None
+    _checks.projection("student_", student_hidden, student_weight, student_bias, student_softcap, autocast, split)
     stored = _check_stored(teacher, tail, student_hidden, teacher_rows is not None, temperature)
-    vocab = _linear_vocabulary(vocab_size, student_weight, None)
+    vocab = _linear_vocabulary(vocab_size, student_weight, None, shards)
     tokens = _checks.tokens(
         student_hidden, mask=mask, labels=labels, ignore_index=ignore_index, teacher_rows=teacher_rows, weight=weight,
         targets=targets, hard_weight=hard_weight, num_items=num_items, reduction=reduction,
     )  # fmt: skip
     options = _options(vocab, divergence, beta, stored, temperature_squared, hard_weight)
-    settings = _checks.linear_settings(workspace_bytes, num_valid, logits_dtype, gemm_dtype, student_hidden)
+    settings = _checks.linear_settings(workspace_bytes, num_valid, logits_dtype, gemm_dtype, shards, student_hidden)
     student = Projection(_checks.flat_rows(student_hidden), student_weight, student_bias, student_softcap)
     k, residual = teacher.indices.shape[-1], teacher.residual
     logprobs, indices = teacher.logprobs.detach().reshape(-1, k), teacher.indices.reshape(-1, k)
