@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from pyalign import _checks, _ops, _ops_linear
+from pyalign import _checks, _dtensor, _ops, _ops_linear
 from pyalign._backends import TRITON_TOPK_VOCAB, choose_name
 from pyalign._collator import ContextDistillationCollator
 from pyalign._linear import Projection, Settings
@@ -458,6 +458,8 @@ def linear_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # 
         RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
     """
     _checks.no_process_group(process_group)
+    student_weight, student_bias = _dtensor.head("student_", student_hidden, student_weight, student_bias)
+    teacher_weight, teacher_bias = _dtensor.head("teacher_", teacher_hidden, teacher_weight, teacher_bias)
     gemm_dtype = _checks.autocast_dtype(student_hidden)
     autocast = gemm_dtype is not None
     _checks.projection("student_", student_hidden, student_weight, student_bias, student_softcap, autocast)
@@ -562,6 +564,7 @@ def linear_topk_distillation_loss(  # pyright: ignore[reportInconsistentOverload
         RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
     """
     _checks.no_process_group(process_group)
+    student_weight, student_bias = _dtensor.head("student_", student_hidden, student_weight, student_bias)
     gemm_dtype = _checks.autocast_dtype(student_hidden)
     autocast = gemm_dtype is not None
     _checks.projection("student_", student_hidden, student_weight, student_bias, student_softcap, autocast)

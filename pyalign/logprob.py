@@ -11,7 +11,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from pyalign import _checks, _ops_linear, _ops_logprob
+from pyalign import _checks, _dtensor, _ops_linear, _ops_logprob
 from pyalign._backends import choose_name
 from pyalign._linear import Projection, Settings
 from pyalign._ops import unwatched
@@ -348,6 +348,7 @@ def _linear_arguments(
 ) -> tuple[Projection, Tensor, Settings]:
     """The head over flat hidden states, flat targets, and how logits are computed."""
     _checks.no_process_group(process_group)
+    weight, bias = _dtensor.head("", hidden, weight, bias)
     gemm_dtype = _checks.autocast_dtype(hidden)
     _checks.projection("", hidden, weight, bias, softcap, gemm_dtype is not None)
     targets = _checks.integers("targets", targets, hidden.shape[:-1], hidden)

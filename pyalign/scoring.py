@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyalign import _checks, _ops_scoring
+from pyalign import _checks, _dtensor, _ops_scoring
 from pyalign._backends import choose_name
 from pyalign._bradley_terry import BradleyTerryFit, ConvergenceError, NoMaximumError, bradley_terry
 from pyalign._types import STATISTICS, MetricOptions, MetricTensors, accumulation_dtype
@@ -81,6 +81,7 @@ def reward_scores(
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
         RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
     """
+    head_weight, head_bias = _dtensor.whole("head_weight", head_weight), _dtensor.whole("head_bias", head_bias)
     _checks.floating("hidden", hidden, 2)
     if hidden.dim() != (3 if offsets is None else 2):
         wanted = "(B, S, H), or (T, H) with offsets=" if offsets is None else "(T, H), because offsets are given"
