@@ -6,7 +6,7 @@ average gradients over ranks. What is compared with is the plain mean over the w
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_support import Pool, WorkerError
+from distributed_support import Pool
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.nn.functional import all_reduce
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyalign
 from pyalign import _linear
@@ -195,7 +195,6 @@ LOSSES = {
     "plackett_luce": Loss("scores", plackett_luce, groups),
     "dpo": Loss("hidden", dpo, counted_pairs),
 }
-LINEAR = tuple(name for name, loss in LOSSES.items() if loss.reads == "hidden")
 DTYPES = {torch.float64: 1e-13, torch.float32: 2e-6}
 
 
@@ -239,13 +238,14 @@ def wrap(wrapper: str, model: Model, name: str) -> Callable[[Batch, Tensor | Non
         return outside(shard(model), lambda: model.head, name)
     if wrapper == "fsdp, head of the root":
         return outside(fully_shard(model), lambda: model.head, name)
+    if wrapper == "fsdp, root resharded":
+        return outside(fully_shard(model, reshard_after_forward=True), lambda: model.head, name)
     if wrapper == "fsdp, loss inside":
-        step = Step(model, name)
-        return fully_shard(step)
+        return fully_shard(Step(model, name))
     raise ValueError(wrapper)
 
 
-WRAPPERS = ("ddp", "ddp, loss inside", "fsdp", "fsdp, head of the root", "fsdp, loss inside")
+WRAPPERS = ("ddp", "ddp, loss inside", "fsdp", "fsdp, head of the root", "fsdp, root resharded", "fsdp, loss inside")
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -312,3 +312,322 @@ def test_a_rank_on_which_nothing_counts_takes_part(pool: GetPool, wrapper: str, 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_tied_embeddings_get_both_gradients(pool: GetPool, wrapper: str):
     compare(pool(2), wrapper, "linear_cross_entropy", tied=True)
+
+
+# Gradient accumulation
+
+
+def accumulated_gradients(wrapper: str, name: str) -> dict[str, Tensor]:
+    """Two micro-batches, whose gradients are reduced after the second, except of a DTensor head."""
+    x = batch(torch.float64).of_rank()
+    model = Model(LOSSES[name].reads, torch.float64)
+    step = wrap(wrapper, model, name)
+    items = global_num_items(LOSSES[name].count(x))
+    half = (x.ids.shape[0] + 1) // 2
+    for part, is_last in ((x.units(0, half), False), (x.units(half, len(x.ids)), True)):
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(is_last)
+            (dist.get_world_size() * step(part, items)).backward()
+            continue
+        assert isinstance(step, DistributedDataParallel)
+        with contextlib.nullcontext() if is_last else step.no_sync():
+            (dist.get_world_size() * step(part, items)).backward()
+    return gradients(model)
+
+
+@pytest.mark.parametrize("name", ["linear_cross_entropy", "linear_distillation", "dpo"])
+@pytest.mark.parametrize("wrapper", ["ddp, loss inside", "fsdp", "fsdp, head of the root"])
+def test_micro_batches_add_up(pool: GetPool, wrapper: str, name: str):
+    _, theirs = one_process(name)
+    for ours in pool(2).run(accumulated_gradients, wrapper, name):
+        assert_same(ours, theirs, 1e-12)
+
+
+# One sequence over several ranks
+
+
+def tokens_of_rank(x: Tensor) -> Tensor:
+    """(..., T) or (..., T, H) cut along T, unevenly."""
+    dim = 2
+    return x.tensor_split(dist.get_world_size(), dim)[dist.get_rank()]
+
+
+def split_sequences(x: Batch) -> Batch:
+    cut = {name: tokens_of_rank(getattr(x, name)) for name in ("ids", "labels", "teacher_hidden")}
+    return x._replace(**cut)
+
+
+def weighted_distillation(hidden: Tensor, head: Any, x: Batch, total: Callable[[Tensor], Tensor]) -> Tensor:
+    each = pyalign.linear_distillation_loss(
+        hidden, head.weight, x.teacher_hidden, x.teacher_weight, student_bias=head.bias, labels=x.labels,
+        reduction="none",
+    )  # fmt: skip
+    return (each * (1 + x.teacher_hidden[..., 0] ** 2)).sum() / total(counted_tokens(x))
+
+
+def mean_cross_entropy(hidden: Tensor, head: Any, x: Batch, total: Callable[[Tensor], Tensor]) -> Tensor:
+    return linear_cross_entropy(hidden, head, x, total(counted_tokens(x)))
+
+
+def sequence_dpo(hidden: Tensor, head: Any, x: Batch, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """A sequence's log-prob is a sum over the ranks that hold it; each rank has the gradient of its own part."""
+    logprobs = pyalign.linear_token_logprobs(hidden, head.weight, x.labels, bias=head.bias)
+    sequences = total(pyalign.sequence_logprobs(logprobs.flatten(0, 1))).view(-1, ANSWERS)
+    return pyalign.dpo_loss(*sequences[:, :2].unbind(1), *x.reference[:, :2].unbind(1), mask=x.mask).loss
+
+
+SEQUENCE_LOSSES = {x.__name__: x for x in (weighted_distillation, mean_cross_entropy, sequence_dpo)}
+
+
+def over_ranks(x: Tensor) -> Tensor:
+    """The sum, with the gradient of this rank's own term."""
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return x + (total - x.detach())
+
+
+def split_gradients(name: str) -> dict[str, Tensor]:
+    model = Model("hidden", torch.float64)
+    wrapped = DistributedDataParallel(model)
+    x = split_sequences(batch(torch.float64))
+    loss = SEQUENCE_LOSSES[name](wrapped(x.ids), model.head, x, over_ranks)
+    (dist.get_world_size() * loss).backward()
+    return gradients(model)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("name", SEQUENCE_LOSSES)
+def test_sequences_split_over_ranks(pool: GetPool, name: str, size: int):
+    model, x = Model("hidden", torch.float64), batch(torch.float64)
+    with pyalign.backend("reference"):
+        SEQUENCE_LOSSES[name](model(x.ids), model.head, x, lambda total: total).backward()
+    for ours in pool(size).run(split_gradients, name):
+        assert_same(ours, gradients(model), 1e-12)
+
+
+# A sharded head
+
+
+def collectives(wrapper: str, name: str, rows: int) -> tuple[str, int, dict[str, int], dict[str, int]]:
+    """What the head is after the model's forward, the chunks, and collectives of the loss's forward and backward."""
+    model = Model("hidden", torch.float64)
+    shard(model) if wrapper == "fsdp" else fully_shard(model)
+    x = batch(torch.float64).of_rank()
+    x = x._replace(labels=x.ids)
+    hidden = model(x.ids).detach()
+    chunks: list[int] = []
+    project = _linear.Products.project
+
+    def counting(self: Any, given: Tensor, buffers: Any) -> Tensor:
+        chunks.append(len(given))
+        return project(self, given, buffers)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_linear, "chunk_rows", lambda layout, count, workspace, device: rows)
+        patch.setattr(_linear.Products, "project", counting)
+        with CommDebugMode() as forward:
+            loss = LOSSES[name].function(hidden, model.head, x, torch.tensor(7))
+    with CommDebugMode() as backward:
+        loss.backward()
+    counts = [{str(op): count for op, count in mode.get_comm_counts().items()} for mode in (forward, backward)]
+    return type(model.head.weight).__name__, len(chunks), counts[0], counts[1]
+
+
+@pytest.mark.parametrize("name", ["linear_distillation", "linear_topk_distillation", "linear_cross_entropy"])
+def test_a_sharded_head_is_gathered_once_whatever_the_number_of_chunks(pool: GetPool, name: str):
+    gather, scatter = "c10d_functional.all_gather_into_tensor", "c10d_functional.reduce_scatter_tensor"
+    for kind, chunks, forward, backward in pool(2).run(collectives, "fsdp", name, 4):
+        assert kind == "DTensor"
+        assert chunks >= 8
+        assert forward == {gather: 2}  # weight and bias
+        assert backward == {scatter: 2}
+    for kind, chunks, forward, _ in pool(2).run(collectives, "fsdp, head of the root", name, 4):
+        assert kind == "Parameter"  # FSDP2 keeps what the root holds until backward
+        assert chunks >= 8
+        assert forward == {}
+
+
+def mesh_gradients(shape: tuple[int, ...], placements: tuple[Any, ...], dtype: torch.dtype) -> list[Any]:
+    """Of a head on this mesh, each rank with tokens of its own; averaged by hand over the ranks."""
+    mesh = init_device_mesh("cpu", shape)
+    model = Model("hidden", dtype)
+    x = batch(dtype).of_rank() if dist.get_world_size() in SHARES else batch(dtype).units(*_quarter())
+    weight, bias = model.head.weight.detach(), model.head.bias.detach()
+    one = tuple(y if isinstance(y, Replicate) else Shard(0) for y in placements)
+    head = nn.Module()
+    head.weight = nn.Parameter(distribute_tensor(weight, mesh, placements))
+    head.bias = nn.Parameter(distribute_tensor(bias, mesh, one))
+    hidden = model(x.ids).detach()
+    total = global_num_items(counted_tokens(x))
+    loss = dist.get_world_size() * linear_cross_entropy(hidden, head, x, total)
+    loss.backward()
+    assert head.weight.grad.placements == tuple(placements)
+    return [head.weight.grad.full_tensor(), head.bias.grad.full_tensor()]
+
+
+def _quarter() -> tuple[int, int]:
+    begin = (0, 1, 4, 6, UNITS)
+    return begin[dist.get_rank()], begin[dist.get_rank() + 1]
+
+
+@pytest.mark.parametrize(
+    ("shape", "placements"),
+    [
+        ((2,), (Shard(0),)),
+        ((2,), (Shard(1),)),
+        ((3,), (Shard(0),)),
+        ((2,), (Replicate(),)),
+        ((2, 2), (Replicate(), Shard(0))),
+    ],
+    ids=["rows over 2", "columns over 2", "rows over 3", "replicated over 2", "hybrid over 2 x 2"],
+)
+def test_the_gradient_of_a_head_is_averaged_over_its_mesh(
+    pool: GetPool, shape: tuple[int, ...], placements: tuple[Any, ...]
+):
+    _, theirs = one_process("linear_cross_entropy")
+    size = 4 if len(shape) == 2 else shape[0]
+    for weight, bias in pool(size).run(mesh_gradients, shape, placements, torch.float64):
+        ours = {"head.weight": weight, "head.bias": bias}
+        assert_same(ours, {name: theirs[name] for name in ours}, 1e-12)
+
+
+def frozen_sharded_teacher() -> tuple[Tensor, Tensor]:
+    mesh = init_device_mesh("cpu", (2,))
+    x, model = batch(torch.float64), Model("hidden", torch.float64)
+    hidden = model(x.ids).detach()
+    arguments = (hidden, model.head.weight.detach(), x.teacher_hidden)
+    with torch.no_grad():
+        plain = pyalign.linear_distillation_loss(*arguments, x.teacher_weight)
+        sharded = pyalign.linear_distillation_loss(*arguments, distribute_tensor(x.teacher_weight, mesh, [Shard(0)]))
+    return plain, sharded
+
+
+def test_a_sharded_teacher(pool: GetPool):
+    for plain, sharded in pool(2).run(frozen_sharded_teacher):
+        assert torch.equal(plain, sharded)
+
+
+def reward_gradient() -> Tensor:
+    mesh = init_device_mesh("cpu", (2,))
+    hidden = batch(torch.float64).teacher_hidden.flatten(0, 1)
+    weight = nn.Parameter(distribute_tensor(torch.ones(4, WIDTH, dtype=torch.float64), mesh, [Shard(0)]))
+    share = hidden.tensor_split(2)[dist.get_rank()]
+    pyalign.reward_scores(share, weight).square().sum().backward()
+    assert isinstance(weight.grad, DTensor)
+    return weight.grad.full_tensor()
+
+
+def test_a_sharded_reward_head(pool: GetPool):
+    hidden = batch(torch.float64).teacher_hidden.flatten(0, 1)
+    weight = torch.ones(4, WIDTH, dtype=torch.float64).requires_grad_()
+    pyalign.reward_scores(hidden, weight).square().sum().backward()
+    assert weight.grad is not None
+    for ours in pool(2).run(reward_gradient):
+        torch.testing.assert_close(2 * ours, weight.grad)
+
+
+def mixed_precision_gradients() -> tuple[str, dict[str, Tensor]]:
+    """Parameters in float32, computed with in bfloat16; the head's dtype is the caller's to choose."""
+    model = Model("hidden", torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard(model.head, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    x = batch(torch.float32).of_rank()
+    hidden = model(x.ids)
+    message = ""
+    try:
+        pyalign.linear_cross_entropy(hidden, model.head.weight, x.labels)
+    except TypeError as error:
+        message = str(error)
+    weight, bias = model.head.weight.to(hidden.dtype), model.head.bias.to(hidden.dtype)
+    items = global_num_items(counted_tokens(x))
+    loss = 2 * pyalign.linear_cross_entropy(hidden, weight, x.labels, bias=bias, num_items=items)
+    loss.backward()
+    return message, gradients(model)
+
+
+def test_mixed_precision_names_the_dtypes_and_takes_a_cast_head(pool: GetPool):
+    model, x = Model("hidden", torch.float64), batch(torch.float64)
+    with pyalign.backend("reference"):
+        pyalign.linear_cross_entropy(model(x.ids), model.head.weight, x.labels, bias=model.head.bias).backward()
+    for message, ours in pool(2).run(mixed_precision_gradients):
+        assert message == "weight: got torch.float32; wanted torch.bfloat16, that of hidden (or autocast)"
+        assert all(y.dtype == torch.float32 for y in ours.values())
+        assert_same(ours, gradients(model), 3e-2)
+
+
+def refusals() -> list[str]:
+    mesh = init_device_mesh("cpu", (2,))
+    hidden, weight = torch.zeros(4, 3), torch.zeros(6, 3)
+    targets = torch.zeros(4, dtype=torch.int64)
+    replicated = distribute_tensor(hidden, mesh, [Replicate()])
+    partial = DTensor.from_local(weight, mesh, [Partial()])
+    messages: list[str] = []
+    for call in (
+        lambda: pyalign.linear_cross_entropy(replicated, weight, targets),
+        lambda: pyalign.linear_token_logprobs(hidden, partial, targets),
+        lambda: pyalign.linear_distillation_loss(hidden, weight, replicated, weight),
+        lambda: pyalign.linear_distillation_loss(hidden, weight, hidden, partial),
+        lambda: pyalign.reward_scores(hidden[None], partial),
+    ):
+        with pytest.raises(TypeError) as error:
+            call()
+        messages.append(str(error.value))
+    return messages
+
+
+def test_what_is_neither_a_head_nor_a_ranks_tokens_is_refused_by_name(pool: GetPool):
+    for messages in pool(2).run(refusals):
+        assert [x.partition(":")[0] for x in messages] == [
+            "hidden", "weight", "teacher_hidden", "teacher_weight", "head_weight",
+        ]  # fmt: skip
+        assert "wanted this rank's tokens as a plain tensor" in messages[0]
+        assert "Partial" in messages[1]
+
+
+# Counting
+
+
+class NoReading(TorchDispatchMode):
+    """Refuses to let the host see a number."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+def sums() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    count = torch.tensor(3 + dist.get_rank())
+    groups = [dist.new_group([0, 1]), dist.new_group([2])]
+    own = groups[dist.get_rank() // 2]
+    with NoReading():
+        total = global_num_items(count)
+        part = global_num_items(count, own)
+        fraction = global_num_items(count.double() / 2)
+    return count, total, part, fraction
+
+
+def test_counts_are_summed_over_ranks_and_left_as_they_are(pool: GetPool):
+    for rank, (count, total, part, fraction) in enumerate(pool(3).run(sums)):
+        assert int(count) == 3 + rank
+        assert total.dtype == torch.int64
+        assert int(total) == 3 + 4 + 5
+        assert int(part) == (7 if rank < 2 else 5)
+        assert float(fraction) == 6.0
+
+
+def test_without_a_process_group_the_count_is_the_process_own():
+    assert int(global_num_items(torch.tensor(5))) == 5
+
+
+@pytest.mark.parametrize(
+    ("count", "error", "message"),
+    [
+        (5, TypeError, "count: got int; wanted a 0-dim tensor"),
+        (torch.tensor([5]), ValueError, r"count: got shape \(1,\); wanted a 0-dim tensor"),
+        (torch.tensor(True), TypeError, "count: got torch.bool; wanted an integer or floating dtype"),
+    ],
+)
+def test_a_bad_count_is_named(count: Any, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        global_num_items(count)
