@@ -28,9 +28,9 @@ def whole(name: str, x: Any) -> Any:
     """
     if not is_dtensor(x):
         return x
-    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor import Partial
 
-    if not all(type(placement) in (Shard, Replicate) for placement in x.placements):
+    if any(placement.is_partial() for placement in x.placements):
         wanted = "a DTensor that is sharded or replicated, or a plain tensor"
         _checks.refuse(name, f"a DTensor with placements {x.placements}", wanted, TypeError)
     return x.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)

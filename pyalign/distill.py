@@ -449,6 +449,9 @@ def linear_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # 
     gradient of a float32 weight), and a few numbers per token. Under autocast products are computed in autocast's
     dtype, from operands converted chunk by chunk, and gradients have the dtype of what they are gradients of.
 
+    A weight or bias that is a DTensor, such as FSDP2 keeps between forward passes, is gathered once, before the first
+    chunk; its gradient is averaged over the ranks of its mesh, as FSDP2 does, and comes back sharded.
+
     "mean" and "sum" compute the gradients in the forward pass, from one projection of either side; float16 and "none"
     project again in the backward pass, and so does a second backward over a retained graph.
 

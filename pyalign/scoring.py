@@ -65,7 +65,8 @@ def reward_scores(
     Args:
         hidden: (T, H) packed, with ``offsets``, or (B, S, H) padded; float32, bfloat16, float16 or float64.
         head_weight: (H,), or (C, H) for several heads; any of these dtypes, float64 with float64 hidden states alone.
-            The product runs in float32 whatever the dtypes are, under autocast too.
+            The product runs in float32 whatever the dtypes are, under autocast too. A DTensor is gathered, and its
+            gradient averaged over its mesh, as FSDP2 does.
         head_bias: () for one head (H,), else (C,).
         offsets: (B + 1,) int32 or int64, from 0 to T, never falling: sequence b is [offsets[b], offsets[b + 1]).
         mask: (B, S) bool or integer; the last token is where a sequence's mask is last nonzero, so that left and right

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -489,6 +490,53 @@ def test_the_gradient_of_a_head_is_averaged_over_its_mesh(
     for weight, bias in pool(size).run(mesh_gradients, shape, placements, torch.float64):
         ours = {"head.weight": weight, "head.bias": bias}
         assert_same(ours, {name: theirs[name] for name in ours}, 1e-12)
+
+
+def tensor_and_data_parallel() -> tuple[Tensor, Tensor]:
+    """A head cut over 2 tensor-parallel ranks, which see the same tokens, and FSDP2's shards of these."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    x, model = batch(torch.float64), Model("hidden", torch.float64)
+    hidden, plain = model(x.ids).detach(), model.head.weight.detach().clone().requires_grad_()
+    parallelize_module(model.head, mesh["tensor"], ColwiseParallel())
+    fully_shard(model.head, mesh=mesh["data"])
+    shares = (slice(0, 2), slice(2, UNITS))
+    for share in shares:
+        (pyalign.linear_cross_entropy(hidden[share], plain, x.labels[share]) / 2).backward()
+    share = shares[mesh["data"].get_local_rank()]
+    pyalign.linear_cross_entropy(hidden[share], model.head.weight, x.labels[share]).backward()
+    return model.head.weight.grad.full_tensor(), plain.grad
+
+
+def test_a_head_sharded_over_two_meshes(pool: GetPool):
+    for ours, theirs in pool(4).run(tensor_and_data_parallel):
+        torch.testing.assert_close(ours, theirs)
+
+
+def compiled_gradients() -> list[tuple[Tensor, Tensor]]:
+    """Eager, and as one graph."""
+    warnings.simplefilter("default")  # torch.compile's own
+    mesh = init_device_mesh("cpu", (2,))
+    x, model = batch(torch.float64).of_rank(), Model("hidden", torch.float64)
+    weight = nn.Parameter(distribute_tensor(model.head.weight.detach(), mesh, [Shard(0)]))
+    hidden = model(x.ids).detach().requires_grad_()
+
+    def step(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        items = global_num_items((labels != -100).sum())
+        return 2 * pyalign.linear_cross_entropy(hidden, weight, labels, num_items=items)
+
+    results: list[tuple[Tensor, Tensor]] = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        weight.grad = hidden.grad = None
+        function(hidden, weight, x.labels).backward()
+        assert isinstance(weight.grad, DTensor)
+        assert hidden.grad is not None
+        results.append((weight.grad.full_tensor(), hidden.grad))
+    return results
+
+
+def test_a_step_with_a_sharded_head_and_global_count_compiles_as_one_graph(pool: GetPool):
+    for eager, compiled in pool(2).run(compiled_gradients):
+        torch.testing.assert_close(compiled, eager)
 
 
 def frozen_sharded_teacher() -> tuple[Tensor, Tensor]:
