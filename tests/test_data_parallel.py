@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -23,191 +23,34 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from training_support import (
+    ANSWERS,
+    LOSSES,
+    UNITS,
+    WIDTH,
+    Batch,
+    Model,
+    Step,
+    batch,
+    counted_tokens,
+    linear_cross_entropy,
+)
 
 import pyalign
 from pyalign import _linear
 from pyalign.distributed import global_num_items
 
 GetPool = Callable[[int], Pool]
-VOCAB, WIDTH, LENGTH, ANSWERS, UNITS = 13, 6, 5, 3, 9
 SHARES = {2: (2, 7), 3: (1, 5, 3)}  # of the units, by rank
 
 
-class Batch(NamedTuple):
-    """Units that ranks share out: each a prompt with K answers of T tokens."""
-
-    ids: Tensor  # (U, K, T)
-    labels: Tensor  # (U, K, T)
-    mask: Tensor  # (U,) the pairs that count
-    ranks: Tensor  # (U, K)
-    teacher_hidden: Tensor  # (U, K, T, H)
-    teacher_weight: Tensor  # (V, H)
-    reference: Tensor  # (U, K) log-probs of the answers
-
-    def units(self, begin: int, end: int) -> Batch:
-        return Batch(*(x if name == "teacher_weight" else x[begin:end] for name, x in self._asdict().items()))
-
-    def of_rank(self) -> Batch:
-        shares, rank = SHARES[dist.get_world_size()], dist.get_rank()
-        begin = sum(shares[:rank])
-        return self.units(begin, begin + shares[rank])
-
-    @property
-    def teacher_logits(self) -> Tensor:
-        return self.teacher_hidden @ self.teacher_weight.T
+def of_rank(x: Batch) -> Batch:
+    shares, rank = SHARES[dist.get_world_size()], dist.get_rank()
+    begin = sum(shares[:rank])
+    return x.units(begin, begin + shares[rank])
 
 
-def batch(dtype: torch.dtype, silent: int = 0) -> Batch:
-    """Nothing counts in the first ``silent`` units."""
-    g = torch.Generator().manual_seed(3)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
-
-    ids = torch.randint(0, VOCAB, (UNITS, ANSWERS, LENGTH), generator=g)
-    labels = torch.randint(0, VOCAB, (UNITS, ANSWERS, LENGTH), generator=g)
-    labels[torch.rand(labels.shape, generator=g) < 0.4] = -100
-    labels[:silent] = -100
-    mask = torch.arange(UNITS) % 4 != 1
-    mask[:silent] = False
-    ranks = torch.randint(0, 3, (UNITS, ANSWERS), generator=g)
-    ranks[:silent] = -1
-    hidden = normal(UNITS, ANSWERS, LENGTH, WIDTH)
-    return Batch(ids, labels, mask, ranks, hidden, normal(VOCAB, WIDTH), normal(UNITS, ANSWERS))
-
-
-class Model(nn.Module):
-    """A language model without attention, or a reward model. It returns what its losses read."""
-
-    def __init__(self, reads: str, dtype: torch.dtype, tied: bool = False) -> None:
-        super().__init__()
-        torch.manual_seed(5)
-        self.reads = reads
-        self.embedding = nn.Embedding(VOCAB, WIDTH)
-        self.body = nn.Linear(WIDTH, WIDTH)
-        self.head: nn.Linear = pyalign.nn.RewardHead(WIDTH) if reads == "scores" else nn.Linear(WIDTH, VOCAB)
-        if tied:
-            self.head.weight = self.embedding.weight
-        self.double().to(dtype)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        hidden = torch.tanh(self.body(self.embedding(ids)))
-        if self.reads == "hidden":
-            return hidden
-        if self.reads == "logits":
-            return self.head(hidden)
-        return self.head(hidden.flatten(0, 1)).view(ids.shape[:-1])
-
-
-class Loss(NamedTuple):
-    reads: str  # of the model: "hidden", "logits" or "scores"
-    function: Callable[[Tensor, Any, Batch, Tensor | None], Tensor]  # (output, head, batch, num_items)
-    count: Callable[[Batch], Tensor]  # of the items that the mean is over
-
-
-def counted_tokens(x: Batch) -> Tensor:
-    return (x.labels != -100).sum()
-
-
-def counted_pairs(x: Batch) -> Tensor:
-    return x.mask.sum()
-
-
-def ranked_pairs(x: Batch) -> Tensor:
-    better = (x.ranks[:, :, None] < x.ranks[:, None, :]) & (x.ranks[:, :, None] >= 0)
-    return better.sum()
-
-
-def groups(x: Batch) -> Tensor:
-    return (x.ranks[:, :, None] < x.ranks[:, None, :]).any((1, 2)).sum()
-
-
-def distillation(logits: Tensor, head: Any, x: Batch, n: Tensor | None) -> Tensor:
-    criterion = pyalign.nn.DistillationLoss(divergence="jsd", temperature=2.0)
-    return criterion(logits, x.teacher_logits, labels=x.labels, num_items=n)
-
-
-def topk_distillation(logits: Tensor, head: Any, x: Batch, n: Tensor | None) -> Tensor:
-    stored = pyalign.topk_logprobs(x.teacher_logits, 4)
-    return pyalign.topk_distillation_loss(logits, stored, labels=x.labels, num_items=n)
-
-
-def linear_distillation(hidden: Tensor, head: Any, x: Batch, n: Tensor | None) -> Tensor:
-    criterion = pyalign.nn.LinearDistillationLoss(student_softcap=3.0)
-    arguments = (hidden, head.weight, x.teacher_hidden, x.teacher_weight)
-    return criterion(*arguments, student_bias=head.bias, labels=x.labels, num_items=n)
-
-
-def linear_topk_distillation(hidden: Tensor, head: Any, x: Batch, n: Tensor | None) -> Tensor:
-    stored = pyalign.topk_logprobs(x.teacher_logits, 4)
-    return pyalign.linear_topk_distillation_loss(
-        hidden, head.weight, stored, student_bias=head.bias, labels=x.labels, num_items=n
-    )
-
-
-def linear_cross_entropy(hidden: Tensor, head: Any, x: Batch, n: Tensor | None) -> Tensor:
-    return pyalign.linear_cross_entropy(
-        hidden, head.weight, x.labels, bias=head.bias, z_loss=0.1, label_smoothing=0.1, num_items=n
-    )
-
-
-def policy_gradient(hidden: Tensor, head: Any, x: Batch, n: Tensor | None) -> Tensor:
-    """Each token's log-prob times its own advantage, with an entropy bonus."""
-    advantage = x.teacher_hidden[..., 0]
-    logprobs, entropy = pyalign.linear_token_logprobs(
-        hidden, head.weight, x.labels, bias=head.bias, return_entropy=True
-    )
-    return -(logprobs * advantage + 0.1 * entropy).sum() / (counted_tokens(x) if n is None else n)
-
-
-def imitation(logits: Tensor, head: Any, x: Batch, n: Tensor | None) -> Tensor:
-    return -pyalign.token_logprobs(logits, x.labels).sum() / (counted_tokens(x) if n is None else n)
-
-
-def pairwise(scores: Tensor, head: Any, x: Batch, n: Tensor | None) -> Tensor:
-    return pyalign.pairwise_preference_loss(scores[:, 0], scores[:, 1], margin=0.2, mask=x.mask, num_items=n)
-
-
-def ranked(scores: Tensor, head: Any, x: Batch, n: Tensor | None) -> Tensor:
-    return pyalign.ranked_preference_loss(scores, x.ranks, num_items=n)
-
-
-def plackett_luce(scores: Tensor, head: Any, x: Batch, n: Tensor | None) -> Tensor:
-    return pyalign.ranked_preference_loss(scores, x.ranks, method="plackett_luce", num_items=n)
-
-
-def dpo(hidden: Tensor, head: Any, x: Batch, n: Tensor | None) -> Tensor:
-    logprobs = pyalign.linear_token_logprobs(hidden, head.weight, x.labels, bias=head.bias)
-    chosen, rejected = pyalign.sequence_logprobs(logprobs[:, :2].flatten(0, 1)).view(-1, 2).unbind(1)
-    output = pyalign.dpo_loss(chosen, rejected, x.reference[:, 0], x.reference[:, 1], mask=x.mask, num_items=n)
-    return output.loss
-
-
-LOSSES = {
-    "distillation": Loss("logits", distillation, counted_tokens),
-    "topk_distillation": Loss("logits", topk_distillation, counted_tokens),
-    "linear_distillation": Loss("hidden", linear_distillation, counted_tokens),
-    "linear_topk_distillation": Loss("hidden", linear_topk_distillation, counted_tokens),
-    "linear_cross_entropy": Loss("hidden", linear_cross_entropy, counted_tokens),
-    "policy_gradient": Loss("hidden", policy_gradient, counted_tokens),
-    "imitation": Loss("logits", imitation, counted_tokens),
-    "pairwise": Loss("scores", pairwise, counted_pairs),
-    "ranked": Loss("scores", ranked, ranked_pairs),
-    "plackett_luce": Loss("scores", plackett_luce, groups),
-    "dpo": Loss("hidden", dpo, counted_pairs),
-}
 DTYPES = {torch.float64: 1e-13, torch.float32: 2e-6}
-
-
-class Step(nn.Module):
-    """Model and loss as one module, so that the wrapper's own hooks see the head."""
-
-    def __init__(self, model: Model, name: str) -> None:
-        super().__init__()
-        self.model, self.loss = model, LOSSES[name].function
-
-    def forward(self, x: Batch, n: Tensor | None) -> Tensor:
-        return self.loss(self.model(x.ids), self.model.head, x, n)
 
 
 def outside(model: Any, head: Callable[[], Any], name: str) -> Callable[[Batch, Tensor | None], Tensor]:
@@ -262,7 +105,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 def rank_gradients(wrapper: str, name: str, dtype: torch.dtype, tied: bool, silent: int) -> Any:
     """The mean loss over ranks, and the gradients that this rank ends up with."""
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)  # as nn.Linear does
-    x = batch(dtype, silent).of_rank()
+    x = of_rank(batch(dtype, silent))
     model = Model(LOSSES[name].reads, dtype, tied)
     step = wrap(wrapper, model, name)
     size = dist.get_world_size()
@@ -297,9 +140,10 @@ def compare(pool: Pool, wrapper: str, name: str, tied: bool = False, silent: int
             assert_same(ours, theirs, 8 * bound)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(
+    ("wrapper", "size"), [*((wrapper, 2) for wrapper in WRAPPERS), ("ddp", 3), ("fsdp", 3)], ids=str
+)
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_gradients_of_ragged_ranks_are_those_of_one_process(pool: GetPool, wrapper: str, name: str, size: int):
     compare(pool(size), wrapper, name)
 
@@ -320,7 +164,7 @@ def test_tied_embeddings_get_both_gradients(pool: GetPool, wrapper: str):
 
 def accumulated_gradients(wrapper: str, name: str) -> dict[str, Tensor]:
     """Two micro-batches, whose gradients are reduced after the second, except of a DTensor head."""
-    x = batch(torch.float64).of_rank()
+    x = of_rank(batch(torch.float64))
     model = Model(LOSSES[name].reads, torch.float64)
     step = wrap(wrapper, model, name)
     items = global_num_items(LOSSES[name].count(x))
@@ -413,7 +257,7 @@ def collectives(wrapper: str, name: str, rows: int) -> tuple[str, int, dict[str,
     """What the head is after the model's forward, the chunks, and collectives of the loss's forward and backward."""
     model = Model("hidden", torch.float64)
     shard(model) if wrapper == "fsdp" else fully_shard(model)
-    x = batch(torch.float64).of_rank()
+    x = of_rank(batch(torch.float64))
     x = x._replace(labels=x.ids)
     hidden = model(x.ids).detach()
     chunks: list[int] = []
@@ -452,7 +296,7 @@ def mesh_gradients(shape: tuple[int, ...], placements: tuple[Any, ...], dtype: t
     """Of a head on this mesh, each rank with tokens of its own; averaged by hand over the ranks."""
     mesh = init_device_mesh("cpu", shape)
     model = Model("hidden", dtype)
-    x = batch(dtype).of_rank() if dist.get_world_size() in SHARES else batch(dtype).units(*_quarter())
+    x = of_rank(batch(dtype)) if dist.get_world_size() in SHARES else batch(dtype).units(*_quarter())
     weight, bias = model.head.weight.detach(), model.head.bias.detach()
     one = tuple(y if isinstance(y, Replicate) else Shard(0) for y in placements)
     head = nn.Module()
@@ -516,7 +360,7 @@ def compiled_gradients() -> list[tuple[Tensor, Tensor]]:
     """Eager, and as one graph."""
     warnings.simplefilter("default")  # torch.compile's own
     mesh = init_device_mesh("cpu", (2,))
-    x, model = batch(torch.float64).of_rank(), Model("hidden", torch.float64)
+    x, model = of_rank(batch(torch.float64)), Model("hidden", torch.float64)
     weight = nn.Parameter(distribute_tensor(model.head.weight.detach(), mesh, [Shard(0)]))
     hidden = model(x.ids).detach().requires_grad_()
 
@@ -580,7 +424,7 @@ def mixed_precision_gradients() -> tuple[str, dict[str, Tensor]]:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     fully_shard(model.head, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
-    x = batch(torch.float32).of_rank()
+    x = of_rank(batch(torch.float32))
     hidden = model(x.ids)
     message = ""
     try:
