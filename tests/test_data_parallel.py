@@ -33,6 +33,7 @@ from training_support import (
     Step,
     batch,
     counted_tokens,
+    gradients,
     linear_cross_entropy,
 )
 
@@ -90,16 +91,6 @@ def wrap(wrapper: str, model: Model, name: str) -> Callable[[Batch, Tensor | Non
 
 
 WRAPPERS = ("ddp", "ddp, loss inside", "fsdp", "fsdp, head of the root", "fsdp, root resharded", "fsdp, loss inside")
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Of parameters by name, whole."""
-    found: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        gradient = parameter.grad
-        assert gradient is not None, name
-        found[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-    return found
 
 
 def rank_gradients(wrapper: str, name: str, dtype: torch.dtype, tied: bool, silent: int) -> Any:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import pyalign
 
@@ -37,9 +38,9 @@ class Batch(NamedTuple):
         return self.teacher_hidden @ self.teacher_weight.T
 
 
-def batch(dtype: torch.dtype, silent: int = 0) -> Batch:
+def batch(dtype: torch.dtype, silent: int = 0, seed: int = 3) -> Batch:
     """Nothing counts in the first ``silent`` units."""
-    g = torch.Generator().manual_seed(3)
+    g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
@@ -54,6 +55,10 @@ def batch(dtype: torch.dtype, silent: int = 0) -> Batch:
     ranks[:silent] = -1
     hidden = normal(UNITS, ANSWERS, LENGTH, WIDTH)
     return Batch(ids, labels, mask, ranks, hidden, normal(VOCAB, WIDTH), normal(UNITS, ANSWERS))
+
+
+def tensors_to(x: Batch, dtype: torch.dtype) -> Batch:
+    return Batch(*(y.to(dtype) if y.is_floating_point() else y for y in x))
 
 
 class Model(nn.Module):
@@ -187,7 +192,7 @@ def orpo(hidden: Tensor, head: Any, x: Batch, n: Tensor | None) -> Tensor:
 
 
 def kto(hidden: Tensor, head: Any, x: Batch, n: Tensor | None) -> Tensor:
-    kl = torch.full((), 0.25, dtype=hidden.dtype)
+    kl = torch.full((), 0.25, dtype=hidden.dtype, device=hidden.device)
     policy = sequences(hidden, head, x)[:, 0]
     return pyalign.kto_loss(policy, x.reference[:, 0], x.ids[:, 0, 0] > 5, kl, mask=x.mask, num_items=n).loss
 
@@ -232,3 +237,13 @@ class Step(nn.Module):
 
     def forward(self, x: Batch, n: Tensor | None) -> Tensor:
         return self.loss(self.model(x.ids), self.model.head, x, n)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Of parameters by name, whole."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        assert gradient is not None, name
+        found[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+    return found
