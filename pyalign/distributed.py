@@ -1,4 +1,25 @@
-"""Losses over the global batch of data-parallel training."""
+"""Losses over the global batch of data-parallel training.
+
+Every rank computes the loss of its own tokens (pairs, groups). DDP and FSDP2 average gradients over the ranks, so each
+of W ranks takes ``W * loss(..., num_items=N)`` with N counted over all of them (:func:`global_num_items`): then the
+gradient is that of the mean over the global batch, however ragged the ranks' shares are. A rank on which nothing counts
+has a loss of 0 that takes part in the collectives of backward.
+
+**FSDP2 and heads.** Losses from hidden states take ``model.lm_head.weight`` as it is. Between its module's forward and
+backward passes FSDP2 keeps a parameter as a sharded DTensor: it is gathered once a call, whatever the number of chunks,
+and its gradient is averaged over the mesh and sharded (one reduce-scatter), as FSDP2 does with the others. (Where
+``set_gradient_divide_factor`` tells FSDP2 another divisor, the head's must be rescaled by hand.) What the root module
+holds stays whole from its forward pass to backward, and is used without a collective. With a ``MixedPrecisionPolicy``
+a sharded head is still in its own dtype: give ``weight.to(hidden.dtype)``, which is also cheaper to gather.
+
+**Sequences over several ranks** (sequence or context parallelism). Losses per token need no more than N. Where a loss
+is over sequences, sum the ranks' parts with the gradient of one's own, and proceed as above::
+
+    part = sequence_logprobs(linear_token_logprobs(hidden, weight, labels))
+    total = part.detach().clone()
+    dist.all_reduce(total)
+    logprobs = part + (total - part.detach())
+"""
 
 from __future__ import annotations
 

@@ -7,8 +7,13 @@ average gradients over ranks. What is compared with is the plain mean over the w
 from __future__ import annotations
 
 import contextlib
+import os
+import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -409,34 +414,65 @@ def test_a_sharded_reward_head(pool: GetPool):
         torch.testing.assert_close(2 * ours, weight.grad)
 
 
-def mixed_precision_gradients() -> tuple[str, dict[str, Tensor]]:
-    """Parameters in float32, computed with in bfloat16; the head's dtype is the caller's to choose."""
+def mixed_precision_gradients(wrapper: str) -> tuple[str, dict[str, Tensor]]:
+    """Parameters in float32, computed with in bfloat16; of a sharded head the caller chooses the dtype."""
     model = Model("hidden", torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    fully_shard(model.head, mp_policy=policy)
+    if wrapper == "fsdp":
+        fully_shard(model.head, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
     x = of_rank(batch(torch.float32))
-    hidden = model(x.ids)
-    message = ""
-    try:
-        pyalign.linear_cross_entropy(hidden, model.head.weight, x.labels)
-    except TypeError as error:
-        message = str(error)
-    weight, bias = model.head.weight.to(hidden.dtype), model.head.bias.to(hidden.dtype)
+    hidden, message = model(x.ids), ""
+    weight, bias = model.head.weight, model.head.bias
+    if wrapper == "fsdp":
+        with pytest.raises(TypeError) as error:
+            pyalign.linear_cross_entropy(hidden, weight, x.labels)
+        message = str(error.value)
+        weight, bias = weight.to(hidden.dtype), bias.to(hidden.dtype)
     items = global_num_items(counted_tokens(x))
     loss = 2 * pyalign.linear_cross_entropy(hidden, weight, x.labels, bias=bias, num_items=items)
     loss.backward()
     return message, gradients(model)
 
 
-def test_mixed_precision_names_the_dtypes_and_takes_a_cast_head(pool: GetPool):
+@pytest.mark.parametrize("wrapper", ["fsdp", "fsdp, head of the root"])
+def test_mixed_precision(pool: GetPool, wrapper: str):
+    """A sharded head in float32 is refused beside bfloat16 hidden states, and taken when it is cast, before it is
+    gathered; what the root holds FSDP2 has cast."""
     model, x = Model("hidden", torch.float64), batch(torch.float64)
     with pyalign.backend("reference"):
         pyalign.linear_cross_entropy(model(x.ids), model.head.weight, x.labels, bias=model.head.bias).backward()
-    for message, ours in pool(2).run(mixed_precision_gradients):
-        assert message == "weight: got torch.float32; wanted torch.bfloat16, that of hidden (or autocast)"
+    wanted = "weight: got torch.float32; wanted torch.bfloat16, that of hidden (or autocast)"
+    for message, ours in pool(2).run(mixed_precision_gradients, wrapper):
+        assert message == (wanted if wrapper == "fsdp" else "")
         assert all(y.dtype == torch.float32 for y in ours.values())
         assert_same(ours, gradients(model), 3e-2)
+
+
+def frozen_head() -> list[tuple[Tensor, Tensor | None, dict[str, int]]]:
+    """Of a sharded head without and with a gradient: d hidden, d head, and the collectives of backward."""
+    mesh = init_device_mesh("cpu", (2,))
+    x, model = batch(torch.float64), Model("hidden", torch.float64)
+    results: list[tuple[Tensor, Tensor | None, dict[str, int]]] = []
+    for learns in (False, True):
+        hidden = model(x.ids).detach().requires_grad_()
+        weight = nn.Parameter(distribute_tensor(model.head.weight.detach(), mesh, [Shard(0)]), requires_grad=learns)
+        loss = pyalign.linear_cross_entropy(hidden, weight, x.labels)
+        with CommDebugMode() as mode:
+            loss.backward()
+        assert hidden.grad is not None
+        gradient = None if weight.grad is None else weight.grad.to_local()
+        results.append((hidden.grad, gradient, {str(op): count for op, count in mode.get_comm_counts().items()}))
+    return results
+
+
+def test_a_frozen_sharded_head_costs_no_collective_in_backward(pool: GetPool):
+    for (frozen, no_gradient, none), (learning, gradient, counts) in pool(2).run(frozen_head):
+        assert torch.equal(frozen, learning)
+        assert no_gradient is None
+        assert gradient is not None
+        assert none == {}
+        assert counts == {"c10d_functional.reduce_scatter_tensor": 1}
 
 
 def refusals() -> list[str]:
@@ -466,6 +502,32 @@ def test_what_is_neither_a_head_nor_a_ranks_tokens_is_refused_by_name(pool: GetP
         ]  # fmt: skip
         assert "wanted this rank's tokens as a plain tensor" in messages[0]
         assert "Partial" in messages[1]
+
+
+def sharded_scores() -> list[str]:
+    mesh = init_device_mesh("cpu", (2,))
+    scores, ranks = (
+        distribute_tensor(x, mesh, [Shard(0)]) for x in (torch.zeros(4, 3), torch.arange(12).view(4, 3) % 3)
+    )
+    messages: list[str] = []
+    for call in (
+        lambda: pyalign.ranked_preference_loss(scores, ranks),
+        lambda: pyalign.pairwise_preference_loss(*scores.unbind(1)[:2]),
+        lambda: pyalign.win_probabilities(scores),
+        lambda: pyalign.best_of_n(scores),
+    ):
+        with pytest.raises((NotImplementedError, RuntimeError)) as error:
+            call()
+        messages.append(str(error.value))
+    return messages
+
+
+def test_raw_ops_refuse_sharded_scores(pool: GetPool):
+    """Torch says so: the loss over a rank's share isn't the loss."""
+    for messages in pool(2).run(sharded_scores):
+        for message in messages:
+            assert "pyalign" in message
+            assert "sharding strategy" in message
 
 
 # Counting
@@ -514,3 +576,25 @@ def test_without_a_process_group_the_count_is_the_process_own():
 def test_a_bad_count_is_named(count: Any, error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         global_num_items(count)
+
+
+# Examples
+
+
+def losses_of(example: str, size: int) -> list[float]:
+    """What it prints under torchrun."""
+    path = Path(__file__).resolve().parent.parent / "bench" / "examples" / f"{example}.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    done = subprocess.run([*launcher, str(path)], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return [float(x) for x in re.findall(r"step \d+: ([\d.]+) nats a token", done.stdout)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", ["ddp_distillation", "fsdp2_linear_distillation"])
+def test_an_example_learns_the_same_on_one_process_and_on_two(example: str):
+    one, two = losses_of(example, 1), losses_of(example, 2)
+    assert len(one) == 4
+    assert one[-1] < 0.95 * one[0]
+    assert two == pytest.approx(one, abs=2e-4)

@@ -118,7 +118,7 @@ def train_over_sizes(name: str, compiler: Callable[[Step], Any], compiles_update
 
 
 @pytest.mark.slow
-@every_loss
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("cpo", "orpo")])  # the ops of dpo and simpo
 @compiled_test
 def test_batches_of_any_size_share_one_graph(name: str):
     train_over_sizes(name, lambda step: torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True))
