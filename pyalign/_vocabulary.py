@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyalign import _checks
+from pyalign import _checks, _dtensor
+from pyalign._dtensor import is_dtensor
 from pyalign._shards import Shards
 from pyalign.distributed import VocabularyShards
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
-
-
-def is_dtensor(x: object) -> TypeGuard[DTensor]:
-    if type(x) is Tensor or type(x) is nn.Parameter:
-        return False
-    module = sys.modules.get("torch.distributed.tensor")  # which nobody has a DTensor without
-    return module is not None and isinstance(x, module.DTensor)
 
 
 def resolve(process_group: Any, width: int, device: torch.device) -> Shards | None:
@@ -121,24 +111,25 @@ def limit(shards: Shards, vocab_size: int | None) -> int:
 def head(
     prefix: str, hidden: Any, weight: Any, bias: Any, process_group: Any
 ) -> tuple[Tensor, Tensor, Tensor | None, Shards | None]:
-    """Hidden states, this rank's rows of weight and bias, and who holds which.
+    """Hidden states, this rank's rows of weight and bias, and who holds which; ``prefix`` is that of the arguments'
+    names.
 
     A DTensor weight is split over the vocabulary where a process group or hidden states that are a DTensor say so; else
-    it is one that data-parallel training keeps in parts, and not ours to look at.
+    data-parallel training keeps it in parts, and it is gathered.
     """
-    shards = None
-    if process_group is not None or is_dtensor(hidden):
-        hidden = replicated(prefix + "hidden", hidden)
-        weight, shards = local(prefix + "weight", weight, process_group, 0)
-        if bias is not None:
-            bias = like(prefix + "bias", bias, shards, prefix + "weight", 0)
-    return hidden, weight, bias, shards
+    if process_group is None and not is_dtensor(hidden):
+        return hidden, *_dtensor.head(prefix, hidden, weight, bias), None
+    hidden = replicated(prefix + "hidden", hidden)
+    weight, shards = local(prefix + "weight", weight, process_group, 0)
+    return hidden, weight, None if bias is None else like(prefix + "bias", bias, shards, prefix + "weight", 0), shards
 
 
-def same_head(
-    prefix: str, hidden: Any, weight: Any, bias: Any, shards: Shards, other: str
+def other_head(
+    prefix: str, hidden: Any, weight: Any, bias: Any, shards: Shards | None, other: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Another head, split as ``other`` is."""
+    """Another head, whole or split as ``other`` is."""
+    if shards is None:
+        return hidden, *_dtensor.head(prefix, hidden, weight, bias)
     hidden = replicated(prefix + "hidden", hidden)
     weight = like(prefix + "weight", weight, shards, other, 0)
     return hidden, weight, None if bias is None else like(prefix + "bias", bias, shards, other, 0)

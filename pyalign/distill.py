@@ -471,6 +471,9 @@ def linear_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # 
     gradient of a float32 weight), and a few numbers per token. Under autocast products are computed in autocast's
     dtype, from operands converted chunk by chunk, and gradients have the dtype of what they are gradients of.
 
+    A weight or bias that is a DTensor, such as FSDP2 keeps between forward passes, is gathered once, before the first
+    chunk; its gradient is averaged over the ranks of its mesh, as FSDP2 does, and comes back sharded.
+
     "mean" and "sum" compute the gradients in the forward pass, from one projection of either side; float16 and "none"
     project again in the backward pass, and so does a second backward over a retained graph.
 
@@ -482,10 +485,9 @@ def linear_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # 
     student_hidden, student_weight, student_bias, shards = _vocabulary.head(
         "student_", student_hidden, student_weight, student_bias, process_group
     )
-    if shards is not None:
-        teacher_hidden, teacher_weight, teacher_bias = _vocabulary.same_head(
-            "teacher_", teacher_hidden, teacher_weight, teacher_bias, shards, "student_weight"
-        )
+    teacher_hidden, teacher_weight, teacher_bias = _vocabulary.other_head(
+        "teacher_", teacher_hidden, teacher_weight, teacher_bias, shards, "student_weight"
+    )
     gemm_dtype = _checks.autocast_dtype(student_hidden)
     autocast, split = gemm_dtype is not None, shards is not None
     _checks.projection("student_", student_hidden, student_weight, student_bias, student_softcap, autocast, split)

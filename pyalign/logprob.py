@@ -227,7 +227,7 @@ def linear_token_logprobs(  # pyright: ignore[reportInconsistentOverload]  # **o
 
     Args:
         hidden: (..., H) float32, bfloat16, float16 or float64.
-        weight: (V, H), the head, in the dtype of the hidden states (under autocast in any).
+        weight: (V, H), the head, in the dtype of the hidden states (under autocast in any); a DTensor is gathered once.
         targets: (...) integer.
         bias: (V,).
         ignore_index: the target of tokens that don't count: log-prob, entropy and gradient are 0.
@@ -297,7 +297,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: (..., H) float32, bfloat16, float16 or float64.
-        weight: (V, H), the head, in the dtype of the hidden states (under autocast in any).
+        weight: (V, H), the head, in the dtype of the hidden states (under autocast in any); a DTensor is gathered once.
         targets: (...) integer.
         bias: (V,).
         ignore_index: the target of tokens that don't count.
