@@ -47,7 +47,7 @@ from pyalign import _linear
 from pyalign.distributed import global_num_items
 
 GetPool = Callable[[int], Pool]
-SHARES = {2: (2, 7), 3: (1, 5, 3)}  # of the units, by rank
+SHARES = {2: (2, 7), 3: (0, 5, 4)}  # units of each rank
 
 
 def of_rank(x: Batch) -> Batch:
@@ -377,6 +377,36 @@ def compiled_gradients() -> list[tuple[Tensor, Tensor]]:
 def test_a_step_with_a_sharded_head_and_global_count_compiles_as_one_graph(pool: GetPool):
     for eager, compiled in pool(2).run(compiled_gradients):
         torch.testing.assert_close(compiled, eager)
+
+
+def compiled_steps(wrapper: str, name: str) -> list[dict[str, Tensor]]:
+    """Gradients of two steps of a compiled module under DDP or FSDP2."""
+    warnings.simplefilter("ignore")  # torch.compile's own
+    torch._dynamo.reset()
+    step = Step(Model(LOSSES[name].reads, torch.float64), name)
+    if wrapper == "ddp":
+        module: Any = torch.compile(DistributedDataParallel(step), backend="aot_eager")
+    else:
+        shard(step.model)
+        fully_shard(step)
+        module = torch.compile(step, backend="aot_eager")
+    x, found = of_rank(batch(torch.float64)), []
+    items = global_num_items(LOSSES[name].count(x))
+    for _ in range(2):
+        step.zero_grad()
+        (dist.get_world_size() * module(x, items)).backward()
+        found.append({key: y.clone() for key, y in gradients(step.model).items()})
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["linear_distillation", "pairwise", "dpo"])
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_compiled_modules_under_ddp_and_fsdp(pool: GetPool, wrapper: str, name: str):
+    _, theirs = one_process(name)
+    for steps in pool(2).run(compiled_steps, wrapper, name):
+        for ours in steps:
+            assert_same(ours, theirs, 1e-12)
 
 
 def frozen_sharded_teacher() -> tuple[Tensor, Tensor]:
