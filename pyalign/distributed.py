@@ -1,4 +1,4 @@
-"""Losses over the global batch of data-parallel training.
+"""Losses over the global batch of data-parallel training, and over a vocabulary that is split over ranks.
 
 Every rank computes the loss of its own tokens (pairs, groups). DDP and FSDP2 average gradients over the ranks, so each
 of W ranks takes ``W * loss(..., num_items=N)`` with N counted over all of them (:func:`global_num_items`): then the
@@ -23,13 +23,16 @@ is over sequences, sum the ranks' parts with the gradient of one's own, and proc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pyalign import _checks
 
-__all__ = ["global_num_items"]
+__all__ = ["VocabularyShards", "global_num_items"]
 
 
 def global_num_items(count: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -71,3 +74,39 @@ def global_num_items(count: Tensor, group: dist.ProcessGroup | None = None) -> T
     elif group is not None:
         _checks.refuse("group", repr(group), "None, because no process group is initialised")
     return total
+
+
+class VocabularyShards:
+    """A vocabulary that is split over the ranks of a process group: ``process_group=`` of the losses.
+
+    Rank r holds ``sizes[r]`` neighbouring entries, after those of the lower ranks. A bare process group does too; then
+    every call asks all ranks for their sizes, a small collective that the host waits for. With the sizes known nothing
+    is asked, and torch.compile and CUDA graphs can take the call::
+
+        shards = VocabularyShards(group, [32064] * 4)
+        loss = distillation_loss(student_logits, teacher_logits, process_group=shards)
+
+    Args:
+        process_group: a ``torch.distributed`` process group that this rank is in, or a 1-D DeviceMesh.
+        sizes: the number of entries that each rank holds, 0 among them.
+
+    Raises:
+        ValueError, TypeError: no such group; sizes that aren't one int >= 0 for each of its ranks.
+    """
+
+    def __init__(self, process_group: Any, sizes: Sequence[int]) -> None:
+        if isinstance(process_group, dist.DeviceMesh):
+            process_group = process_group.get_group()
+        if not isinstance(process_group, dist.ProcessGroup):
+            wanted = "a torch.distributed process group that this rank is in, or a 1-D DeviceMesh"
+            _checks.refuse("process_group", type(process_group).__name__, wanted, TypeError)
+        whole = all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in sizes)
+        if len(sizes) != process_group.size() or not whole or sum(sizes) == 0:
+            wanted = f"an int >= 0 for each of the group's {process_group.size()} ranks, not all of them 0"
+            _checks.refuse("sizes", repr(sizes), wanted)
+        self.group_name: str = process_group.group_name
+        self.sizes = tuple(sizes)
+        self.rank: int = process_group.rank()
+
+    def __repr__(self) -> str:
+        return f"VocabularyShards({self.group_name!r}, {list(self.sizes)})"
