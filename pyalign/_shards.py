@@ -49,7 +49,8 @@ def of_group(name: str, sizes: tuple[int, ...]) -> Shards:
 
 
 def _group(name: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportPrivateUsage]
+    resolve: Any = dist.distributed_c10d._resolve_process_group  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+    return resolve(name)  # torch offers no other way
 
 
 def gather(x: Tensor, shards: Shards) -> Tensor:

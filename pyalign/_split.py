@@ -1,9 +1,9 @@
 """Losses over rows of logits that are split: every rank holds a slice of the vocabulary.
 
-The engines' folds, merges and maps with the ranks in between. Each rank folds its slice, one collective of a few numbers
-per row gathers the states, every rank merges them alike and maps its slice into its part of the gradient. So losses are
-the same on all ranks, gradients are exact without a further collective, and what backward needs of the other ranks is
-saved by forward. The merges, of numbers per row, are float64.
+The engines' folds, merges and maps with the ranks in between. Each rank folds its slice, one collective of a few
+numbers per row gathers the states, every rank merges them alike and maps its slice into its part of the gradient. So
+losses are the same on all ranks, gradients are exact without a further collective, and what backward needs of the other
+ranks is saved by forward. The merges, of numbers per row, are float64.
 
 What passes between the ranks, per row:
 
@@ -551,5 +551,5 @@ def _pick(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def _first(maxima: Tensor, leaders: Tensor) -> Tensor:
-    """(N,) of slices' maxima and the numbers of their leaders (R, N), the number of the largest, of equals the first."""
+    """(N,) the number of a row's largest entry, of equals the first, from slices' maxima and leaders (R, N)."""
     return torch.where(maxima == maxima.amax(0), leaders, math.inf).amin(0)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from pyalign import _checks, _dtensor
 from pyalign._dtensor import is_dtensor
@@ -25,7 +26,7 @@ def resolve(process_group: Any, width: int, device: torch.device) -> Shards | No
                 "process_group", f"sizes {shards.sizes} on rank {shards.rank}", f"{width} there, this rank's slice"
             )
         return shards if len(shards.sizes) > 1 else None
-    if isinstance(process_group, dist.DeviceMesh):
+    if isinstance(process_group, DeviceMesh):
         process_group = process_group.get_group()
     if not isinstance(process_group, dist.ProcessGroup):
         wanted = "a torch.distributed process group that this rank is in, a 1-D DeviceMesh or VocabularyShards"
@@ -96,6 +97,11 @@ def replicated(name: str, x: Any) -> Any:
     if not all(placement.is_replicate() for placement in x.placements):
         _checks.refuse(name, f"a DTensor with placements {x.placements}", "a plain tensor, or Replicate")
     return x.to_local()
+
+
+def constants(**tensors: Any) -> tuple[Any, ...]:
+    """What is the same on every rank, of DTensors this rank's copy."""
+    return tuple(replicated(name, x) for name, x in tensors.items())
 
 
 def limit(shards: Shards, vocab_size: int | None) -> int:

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from pyalign import _checks
 
@@ -95,7 +96,7 @@ class VocabularyShards:
     """
 
     def __init__(self, process_group: Any, sizes: Sequence[int]) -> None:
-        if isinstance(process_group, dist.DeviceMesh):
+        if isinstance(process_group, DeviceMesh):
             process_group = process_group.get_group()
         if not isinstance(process_group, dist.ProcessGroup):
             wanted = "a torch.distributed process group that this rank is in, or a 1-D DeviceMesh"

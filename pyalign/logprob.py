@@ -59,7 +59,10 @@ def token_logprobs(  # pyright: ignore[reportInconsistentOverload]  # **options 
         temperature: T > 0.
         softcap: c > 0, or None; applied before the temperature.
         return_entropy: also return the entropies, in nats, differentiable.
-        process_group: not available in this release.
+        process_group: the vocabulary is split over the ranks of this group, each of which gives its slice of the
+            logits, in the order of the ranks (see :func:`pyalign.distill.distillation_loss`); targets are of the whole
+            vocabulary. Log-probs are the same on all ranks, the gradient is that of the rank's slice. Forward takes one
+            collective of 4 numbers per token, backward none.
 
     Returns:
         (...) log-probs, float32 (float64 for float64 logits), or a pair with the entropies; both take an upstream
@@ -74,6 +77,8 @@ def token_logprobs(  # pyright: ignore[reportInconsistentOverload]  # **options 
         RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
     """
     logits, shards = _vocabulary.local("logits", logits, process_group)
+    if shards is not None:
+        (targets,) = _vocabulary.constants(targets=targets)
     if logits.shape[-1] == 0 and shards is None:
         _checks.refuse("logits", f"shape {tuple(logits.shape)}", "a vocabulary of at least 1")
     shape = logits.shape[:-1]
@@ -353,6 +358,8 @@ def _linear_arguments(
 ) -> tuple[Projection, Tensor, Settings]:
     """The head over flat hidden states, flat targets, and how logits are computed."""
     hidden, weight, bias, shards = _vocabulary.head("", hidden, weight, bias, process_group)
+    if shards is not None:
+        (targets,) = _vocabulary.constants(targets=targets)
     gemm_dtype = _checks.autocast_dtype(hidden)
     _checks.projection("", hidden, weight, bias, softcap, gemm_dtype is not None, shards is not None)
     targets = _checks.integers("targets", targets, hidden.shape[:-1], hidden)
