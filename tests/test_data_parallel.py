@@ -59,12 +59,12 @@ def of_rank(x: Batch) -> Batch:
 DTYPES = {torch.float64: 1e-13, torch.float32: 2e-6}
 
 
-def outside(model: Any, head: Callable[[], Any], name: str) -> Callable[[Batch, Tensor | None], Tensor]:
-    """The step of a loss that is called after the model's forward, on the head that it then has."""
+def outside(model: Any, head: nn.Linear, name: str) -> Callable[[Batch, Tensor | None], Tensor]:
+    """The step of a loss that is called after the model's forward, on the parameters that its head then has."""
 
     def step(x: Batch, n: Tensor | None) -> Tensor:
         output = model(x.ids)
-        return LOSSES[name].function(output, head(), x, n)
+        return LOSSES[name].function(output, head, x, n)
 
     return step
 
@@ -81,15 +81,15 @@ def shard(model: Model) -> Model:
 
 def wrap(wrapper: str, model: Model, name: str) -> Callable[[Batch, Tensor | None], Tensor]:
     if wrapper == "ddp":
-        return outside(DistributedDataParallel(model), lambda: model.head, name)
+        return outside(DistributedDataParallel(model), model.head, name)
     if wrapper == "ddp, loss inside":
         return DistributedDataParallel(Step(model, name))
     if wrapper == "fsdp":
-        return outside(shard(model), lambda: model.head, name)
+        return outside(shard(model), model.head, name)
     if wrapper == "fsdp, head of the root":
-        return outside(fully_shard(model), lambda: model.head, name)
+        return outside(fully_shard(model), model.head, name)
     if wrapper == "fsdp, root resharded":
-        return outside(fully_shard(model, reshard_after_forward=True), lambda: model.head, name)
+        return outside(fully_shard(model, reshard_after_forward=True), model.head, name)
     if wrapper == "fsdp, loss inside":
         return fully_shard(Step(model, name))
     raise ValueError(wrapper)
