@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from pyalign import _checks, _ops, _ops_linear
+from pyalign import _checks, _ops, _ops_linear, _ops_split, _shards
 from pyalign._backends import TRITON_TOPK_VOCAB, choose_name
 from pyalign._collator import ContextDistillationCollator
 from pyalign._linear import Projection, Settings
@@ -65,8 +65,14 @@ def _options(
     return Options(vocab, divergence, float(beta), temperature, bool(temperature_squared), float(hard_weight))
 
 
-def _vocabulary(vocab_size: int | None, student: Tensor, teacher_width: int | None) -> int:
+def _vocabulary(
+    vocab_size: int | None, student: Tensor, teacher_width: int | None, shards: _shards.Shards | None
+) -> int:
     width = student.shape[-1]
+    if shards is not None:
+        if teacher_width is not None and teacher_width != width:
+            _checks.refuse("teacher_logits", f"a slice of {teacher_width}", f"the student's {width} entries")
+        return shards.limit(vocab_size)
     if vocab_size is None:
         if teacher_width is not None and teacher_width != width:
             _checks.refuse(
@@ -83,19 +89,29 @@ def _vocabulary(vocab_size: int | None, student: Tensor, teacher_width: int | No
 
 def _run(
     raw: _ops.RawLoss, student: Tensor, teacher: tuple[Any, ...], tokens: Tokens, options: Options,
-    inplace: bool, return_metrics: bool,
+    inplace: bool, return_metrics: bool, shards: _shards.Shards | None,
 ) -> Any:  # fmt: skip
     """Dispatches a loss to its backend and gives the results their shapes."""
-    backend = choose_name(student.device, student.dtype)
-    if backend == "reference":
+    backend = choose_name(student.device, student.dtype, split=shards is not None)
+    if shards is not None and inplace:
+        raise ValueError("inplace: not available with process_group, whose gradients the backward pass computes")
+    if shards is not None and backend == "reference":
+        student = _shards.whole_vocabulary(student, shards)
+        if raw is _ops.DISTILL:
+            teacher = (_shards.whole_vocabulary(teacher[0], shards),)
+        shards = None
+    if shards is not None:
+        results = _ops_split.loss(raw.name, student, teacher, tokens, options, return_metrics, shards, backend)
+    elif backend == "reference":
         if inplace:
             raise ValueError("inplace: the reference backend computes no gradient in place; wanted a kernel backend")
         function = getattr(_reference, raw.name)
-        results: Results = function(student, *teacher, tokens, options, want_metrics=return_metrics)
+        results = function(student, *teacher, tokens, options, want_metrics=return_metrics)
     else:
         call = _ops.Call(raw, (*teacher, *tokens, *options), tokens.reduction, return_metrics, backend)
         results = _ops.loss(call, student, inplace)
     shape = student.shape[:-1]
+    results: Results
     assert results.loss is not None
     loss = results.loss if tokens.reduction != "none" or len(shape) == 1 else results.loss.view(shape)
     if not return_metrics:
@@ -182,8 +198,8 @@ def distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **optio
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
         RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
     """
-    _checks.no_process_group(process_group)
-    _checks.floating("student_logits", student_logits, 1)
+    student_logits, shards = _shards.local("student_logits", student_logits, process_group)
+    teacher_logits = _shards.like("teacher_logits", teacher_logits, shards, "student_logits")
     _checks.floating("teacher_logits", teacher_logits, 1)
     _checks.same_device("teacher_logits", teacher_logits, student_logits)
     if teacher_rows is None and teacher_logits.shape[:-1] != student_logits.shape[:-1]:
@@ -192,7 +208,7 @@ def distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **optio
             f"leading shape {tuple(teacher_logits.shape[:-1])}",
             f"the student's {tuple(student_logits.shape[:-1])}, or teacher_rows= to match them",
         )
-    vocab = _vocabulary(vocab_size, student_logits, teacher_logits.shape[-1])
+    vocab = _vocabulary(vocab_size, student_logits, teacher_logits.shape[-1], shards)
     tokens = _checks.tokens(
         student_logits, mask=mask, labels=labels, ignore_index=ignore_index, teacher_rows=teacher_rows, weight=weight,
         targets=targets, hard_weight=hard_weight, num_items=num_items, reduction=reduction,
@@ -202,10 +218,12 @@ def distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **optio
     teacher = teacher_logits.detach()
     if (student_logits.dtype == torch.float64) != (teacher.dtype == torch.float64):
         teacher = teacher.to(accumulation_dtype(student_logits.dtype))
-    return _run(_ops.DISTILL, student_logits, (teacher,), tokens, options, inplace, return_metrics)
+    return _run(_ops.DISTILL, student_logits, (teacher,), tokens, options, inplace, return_metrics, shards)
 
 
-def topk_logprobs(logits: Tensor, k: int = 50, *, temperature: float = 1.0) -> TopKLogprobs:
+def topk_logprobs(
+    logits: Tensor, k: int = 50, *, temperature: float = 1.0, process_group: Any = None
+) -> TopKLogprobs:
     """The k largest log-probabilities of softmax(logits / T) per row, and the log of the mass outside them.
 
     ``residual = logsumexp(logits outside / T) - logsumexp(logits / T)``, summed over the entries outside and not taken
@@ -215,6 +233,8 @@ def topk_logprobs(logits: Tensor, k: int = 50, *, temperature: float = 1.0) -> T
         logits: (..., V), float32, bfloat16, float16 or float64. The result is detached from them.
         k: 1 <= k <= V.
         temperature: T > 0.
+        process_group: as in :func:`distillation_loss`; every rank gets the entries of all, by their number in the whole
+            vocabulary.
 
     Returns:
         :class:`TopKLogprobs` with float32 (float64 for float64) log-probs (..., k), largest first, equals by lowest
@@ -223,14 +243,19 @@ def topk_logprobs(logits: Tensor, k: int = 50, *, temperature: float = 1.0) -> T
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or value.
     """
-    _checks.floating("logits", logits, 1)
-    if not isinstance(k, int) or not 0 < k <= logits.shape[-1]:
-        _checks.refuse("k", repr(k), f"an int with 0 < k <= {logits.shape[-1]}, the vocabulary")
+    logits, shards = _shards.local("logits", logits, process_group)
+    vocab = logits.shape[-1] if shards is None else shards.vocab
+    if not isinstance(k, int) or not 0 < k <= vocab:
+        _checks.refuse("k", repr(k), f"an int with 0 < k <= {vocab}, the vocabulary")
     temperature = _checks.temperature("temperature", temperature)
     logits = logits.detach()
     wide = True if logits.shape[-1] > TRITON_TOPK_VOCAB else False  # noqa: SIM210  # a constant of a compiled graph
-    backend = choose_name(logits.device, logits.dtype, k, wide)
-    if backend == "reference":
+    backend = choose_name(logits.device, logits.dtype, k, wide, shards is not None)
+    if shards is not None and backend == "reference":
+        logits, shards = _shards.whole_vocabulary(logits, shards), None
+    if shards is not None:
+        logprobs, indices, residual = _ops_split.topk(logits, k, temperature, shards, backend)
+    elif backend == "reference":
         logprobs, indices, residual = _reference.topk(logits, k, temperature)
     else:
         logprobs, indices, residual = torch.ops.pyalign.topk(logits, k, temperature, backend)
@@ -333,10 +358,9 @@ def topk_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **
             out of range, raises on the CPU and gives NaN for its row on a GPU.
         RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
     """
-    _checks.no_process_group(process_group)
-    _checks.floating("student_logits", student_logits, 1)
+    student_logits, shards = _shards.local("student_logits", student_logits, process_group)
     stored = _check_stored(teacher, tail, student_logits, teacher_rows is not None, temperature)
-    vocab = _vocabulary(vocab_size, student_logits, None)
+    vocab = _vocabulary(vocab_size, student_logits, None, shards)
     tokens = _checks.tokens(
         student_logits, mask=mask, labels=labels, ignore_index=ignore_index, teacher_rows=teacher_rows, weight=weight,
         targets=targets, hard_weight=hard_weight, num_items=num_items, reduction=reduction,
@@ -344,7 +368,7 @@ def topk_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **
     options = _options(vocab, divergence, beta, stored, temperature_squared, hard_weight)
     logprobs, residual = teacher.logprobs.detach(), teacher.residual
     inputs = (logprobs, teacher.indices, None if residual is None else residual.detach(), tail)
-    return _run(_ops.TOPK_DISTILL, student_logits, inputs, tokens, options, inplace, return_metrics)
+    return _run(_ops.TOPK_DISTILL, student_logits, inputs, tokens, options, inplace, return_metrics, shards)
 
 
 def _run_linear(

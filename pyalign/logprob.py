@@ -11,7 +11,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from pyalign import _checks, _ops_linear, _ops_logprob
+from pyalign import _checks, _ops_linear, _ops_logprob, _ops_split, _shards
 from pyalign._backends import choose_name
 from pyalign._linear import Projection, Settings
 from pyalign._ops import unwatched
@@ -73,16 +73,21 @@ def token_logprobs(  # pyright: ignore[reportInconsistentOverload]  # **options 
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
         RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
     """
-    _checks.no_process_group(process_group)
-    _checks.floating("logits", logits, 1)
-    if logits.shape[-1] == 0:
+    logits, shards = _shards.local("logits", logits, process_group)
+    if logits.shape[-1] == 0 and shards is None:
         _checks.refuse("logits", f"shape {tuple(logits.shape)}", "a vocabulary of at least 1")
     shape = logits.shape[:-1]
     targets = _checks.integers("targets", targets, shape, logits)
     temperature = _checks.temperature("temperature", temperature)
     softcap = _checks.softcap("softcap", softcap)
-    backend = choose_name(logits.device, logits.dtype)
-    if backend == "reference":
+    backend = choose_name(logits.device, logits.dtype, split=shards is not None)
+    if shards is not None and backend == "reference":
+        logits, shards = _shards.whole_vocabulary(logits, shards), None
+    if shards is not None:
+        results = _ops_split.logprobs(
+            logits, targets, ignore_index, temperature, softcap, bool(return_entropy), shards, backend
+        )
+    elif backend == "reference":
         results = _reference.logprob(logits, targets, ignore_index, temperature, softcap, return_entropy)
     else:
         call = _ops_logprob.Call(ignore_index, temperature, softcap, bool(return_entropy), backend)
