@@ -39,6 +39,7 @@ PUBLIC = {
         "topk_distillation_loss",
         "topk_logprobs",
     ),
+    "distributed": ("VocabularyShards",),
     "logprob": ("linear_cross_entropy", "linear_token_logprobs", "sequence_logprobs", "token_logprobs"),
     "ranking": (
         "LabelledOutput",

@@ -2,6 +2,7 @@
 
 import math
 
+import foreign_ranks
 import pytest
 import torch
 from foreign_support import assert_same, numbers, stored
@@ -69,6 +70,18 @@ def test_a_student_peaked_on_the_entries_keeps_its_gradient():
     scale = exact.abs().max()
     assert (gradient(theirs, student) - exact).abs().max() > 0.01 * scale
     assert (gradient(ours, student) - exact).abs().max() < 1e-5 * scale
+
+
+def test_the_ranks_of_a_split_vocabulary_add_up_to_the_whole():
+    student, mask = numbers(S, B, V + 1, seed=4, scale=1.5), (numbers(B, S, seed=5) > -0.5).double()
+    logprobs, ids = stored(S, B, vocab=V + 1, k=K)
+    expected = {}
+    for ghost in (False, True):
+        leaf = student.clone().requires_grad_()
+        loss = (theirs(leaf, logprobs, ids, ghost) * mask).sum()
+        loss.backward()
+        expected[ghost] = loss.detach(), leaf.grad
+    foreign_ranks.run(foreign_ranks.megatron, student, logprobs, ids, mask, expected)
 
 
 def test_the_logits_are_left_alone():

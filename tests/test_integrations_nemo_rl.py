@@ -4,6 +4,7 @@ import enum
 import math
 from types import SimpleNamespace
 
+import foreign_ranks
 import pytest
 import torch
 import torch.nn.functional as F
@@ -180,6 +181,16 @@ def test_distillation_is_its_formula(cfg):
         lambda x: their_distillation(x, cfg),
         STUDENT,
     )
+
+
+@pytest.mark.slow
+def test_distillation_over_a_split_vocabulary():
+    cfg = distill_config("mixed")
+    student = numbers(2 * P, S, V + 1, seed=6).requires_grad_()
+    loss = their_distillation(student, cfg)
+    loss.backward()
+    inputs = student.detach(), DISTILL, GLOBAL_TOKENS, vars(cfg), loss.detach(), student.grad
+    foreign_ranks.run(foreign_ranks.nemo_rl, *inputs)
 
 
 def test_distillation_metrics():

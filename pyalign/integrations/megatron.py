@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pyalign import TopKLogprobs, _checks, topk_distillation_loss
+from pyalign.distributed import VocabularyShards
 
 __all__ = ["topk_kl_div"]
 
@@ -64,12 +65,12 @@ def topk_kl_div(
     _checks.floating("student_logits", student_logits, 3)
     if student_logits.dim() != 3:
         _checks.refuse("student_logits", f"shape {tuple(student_logits.shape)}", "(S, B, V / tp)")
-    group = None
+    shards = None
     if tp_size != 1:
         if tp_group is None or (dist.get_world_size(tp_group), dist.get_rank(tp_group)) != (tp_size, tp_rank):
             given = "no group" if tp_group is None else f"rank {dist.get_rank(tp_group)} of {tp_group.size()}"
             _checks.refuse("tp_group", given, f"one in which this process is rank {tp_rank} of {tp_size}")
-        group = tp_group
+        shards = VocabularyShards(tp_group, [student_logits.shape[-1]] * tp_size)
     elif tp_rank != 0:
         _checks.refuse("tp_rank", tp_rank, "0 with tp_size=1")
     _checks.floating("teacher_topk_logprobs", teacher_topk_logprobs, 3)
@@ -82,7 +83,7 @@ def topk_kl_div(
         teacher,
         tail="bucket" if add_ghost_token else "drop",
         reduction="none",
-        process_group=group,
+        process_group=shards,
     )
     if tp_rank != 0:
         finite = loss.detach().nan_to_num(0.0, 0.0, 0.0)

@@ -15,9 +15,10 @@ Fits ``nemo_rl/algorithms/loss/loss_functions.py`` (commit 7ea279a, August 2026)
 - **Metrics** are Python floats, as its trainers expect, read from the device in one go. ``accuracy`` counts a tie as a
   half (theirs as wrong).
 - **DistillationLossFn** asks for logits (``LossInputType.LOGIT``) instead of gathered log-probs, so that one kernel
-  reads them. It needs whole sequences (no context parallelism), and the whole vocabulary or ``process_group=``.
+  reads them. A vocabulary that is split over ranks comes as a DTensor, or as each rank's slice with ``process_group=``;
+  sequences must be whole (no context parallelism).
 - **Refused.** ``zero_outside_topk`` with a reverse or mixed KL, where theirs takes e^-100 for the teacher's probability
-  of every entry outside, a constant that the loss then depends on; an odd number of rows; DTensors.
+  of every entry outside, a constant that the loss then depends on; an odd number of rows.
 """
 
 from __future__ import annotations
@@ -200,7 +201,7 @@ class DistillationLossFn:
     Args:
         cfg: an object with the attributes of NeMo-RL's ``DistillationLossConfig``: ``kl_type`` ("forward", "reverse",
             "mixed"), ``mixed_kl_weight``, ``zero_outside_topk`` (with "forward" alone).
-        process_group: over which the vocabulary of the logits is split, each rank's slice contiguous and in rank order.
+        process_group: over which the vocabulary is split, as in :func:`pyalign.distillation_loss`.
     """
 
     def __init__(self, cfg: Any, *, process_group: Any = None) -> None:
@@ -232,7 +233,7 @@ class DistillationLossFn:
         """The loss, (), and its metrics.
 
         Args:
-            logits: (B, S, V) of the student.
+            logits: (B, S, V) of the student, or this rank's slice of V.
             data: holds ``input_ids`` and ``token_mask`` (B, S), ``sample_mask`` (B,), ``teacher_topk_logits`` and
                 ``teacher_topk_indices`` (B, S, k).
             global_valid_seqs: not read by a loss over tokens.
@@ -242,8 +243,6 @@ class DistillationLossFn:
             ValueError, TypeError: an argument of the wrong shape, dtype or kind.
         """
         _checks.floating("logits", logits, 3)
-        if type(logits) is not Tensor:
-            _checks.refuse("logits", type(logits).__name__, "a plain tensor of whole sequences", TypeError)
         dtype = accumulation_dtype(logits.dtype)
         values = data["teacher_topk_logits"][:, :-1].to(logits.device, dtype)
         nothing = torch.full_like(values[..., 0], -math.inf) if self.zero_outside_topk else None
