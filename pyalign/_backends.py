@@ -139,9 +139,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> Choice:
 
 
 @torch.compiler.assume_constant_result
-def choose_name(
-    device: torch.device, dtype: torch.dtype, k: int = 0, wide: bool = False, split: bool = False
-) -> str:
+def choose_name(device: torch.device, dtype: torch.dtype, k: int = 0, wide: bool = False, split: bool = False) -> str:
     """The backend's name; while torch.compile traces, it is a constant of the graph. Warns, once for each kind of call,
     where plain torch stands in for kernels that should be there."""
     variable = _reader()("PYALIGN_BACKEND")

@@ -231,7 +231,7 @@ class _Cpu(OnCpu, _Engine):
         states: Tensor | None = None,
         sums: Tensor | None = None,
     ) -> Results:
-        """``stage``, ``states`` (N, 5) and ``sums`` (N, 2), float64, are for rows that are split, see distill_args.h."""
+        """``stage``, ``states`` (N, 5) and ``sums`` (N, 2), float64, are for split rows, see distill_args.h."""
         if stage == "whole":
             return super().distill(
                 student, teacher, tokens, options, gradient=gradient, want_loss=want_loss, want_metrics=want_metrics

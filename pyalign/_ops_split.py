@@ -26,6 +26,10 @@ _TEACHERS = {"distill": "Tensor teacher", "topk_distill": "Tensor logprobs, Tens
 _LOGPROB = "Tensor targets, int ignore_index, float temperature, float? softcap"
 
 
+def _shards(group: str, sizes: list[int]) -> Shards:
+    return of_group(group, tuple(sizes))
+
+
 def _gradient_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -39,7 +43,9 @@ class _Distillation(NamedTuple):
         n = _TEACHERS[self.name].count(",") + 1
         mask, labels, teacher_rows, targets, ignore_index = arguments[n : n + 5]
         tokens = Tokens(mask, labels, teacher_rows, None, targets, None, None, ignore_index, "none")
-        return arguments[:n], tokens, Options(*arguments[n + 5 :])
+        vocab, divergence, beta, temperature, temperature_squared, hard_weight = arguments[n + 5 :]
+        options = Options(vocab, divergence, beta, temperature, temperature_squared, hard_weight)
+        return arguments[:n], tokens, options
 
     def width(self, arguments: tuple[Any, ...]) -> int:
         teacher, _, options = self.parse(arguments)
@@ -51,7 +57,7 @@ class _Distillation(NamedTuple):
         *head, want_metrics, group, sizes, backend = arguments
         count = student.shape[:-1].numel()
         saved = student.new_empty((count, self.width(tuple(head))), dtype=torch.float64)
-        engine = SplitEngine(backend, of_group(group, tuple(sizes)), record=saved)
+        engine = SplitEngine(backend, _shards(group, sizes), record=saved)
         teacher, tokens, options = self.parse(tuple(head))
         results: Results = getattr(engine, self.name)(
             student, *teacher, tokens, options, gradient=None, want_loss=True, want_metrics=want_metrics
@@ -69,7 +75,7 @@ class _Distillation(NamedTuple):
 
     def gradient(self, student: Tensor, *arguments: Any) -> Tensor:
         *head, saved, upstream, group, sizes, backend = arguments
-        engine = SplitEngine(backend, of_group(group, tuple(sizes)), saved=saved)
+        engine = SplitEngine(backend, _shards(group, sizes), saved=saved)
         teacher, tokens, options = self.parse(tuple(head))
         tokens = tokens._replace(upstream=upstream.to(accumulation_dtype(student.dtype)).contiguous())
         out = _gradient_like(student)
@@ -81,26 +87,28 @@ class _Distillation(NamedTuple):
 
 def _logprob(logits: Tensor, targets: Tensor, *arguments: Any) -> list[Tensor]:
     """[log-probs, saved, entropies if wanted]"""
-    *options, want_entropy, group, sizes, backend = arguments
-    saved = logits.new_empty((targets.shape[0], saved_width("logprob", 0, False)), dtype=torch.float64)
-    engine = SplitEngine(backend, of_group(group, tuple(sizes)), record=saved)
-    results = engine.logprob(logits, targets, *options, want_entropy, True)
+    ignore_index, temperature, softcap, want_entropy, group, sizes, backend = arguments
+    saved = logits.new_empty((targets.shape[0], saved_width("logprob")), dtype=torch.float64)
+    engine = SplitEngine(backend, _shards(group, sizes), record=saved)
+    results = engine.logprob(logits, targets, ignore_index, temperature, softcap, want_entropy, True)
     return [x for x in (results.logprob, saved, results.entropy) if x is not None]
 
 
 def _logprob_fake(logits: Tensor, targets: Tensor, *arguments: Any) -> list[Tensor]:
     *_, want_entropy, _, _, _ = arguments
     count, dtype = targets.shape[0], accumulation_dtype(logits.dtype)
-    saved = logits.new_empty((count, saved_width("logprob", 0, False)), dtype=torch.float64)
+    saved = logits.new_empty((count, saved_width("logprob")), dtype=torch.float64)
     return [logits.new_empty(count, dtype=dtype), saved, *([logits.new_empty(count, dtype=dtype)] * want_entropy)]
 
 
 def _logprob_gradient(logits: Tensor, targets: Tensor, *arguments: Any) -> Tensor:
-    *options, saved, upstream_logprob, upstream_entropy, group, sizes, backend = arguments
-    engine, dtype = SplitEngine(backend, of_group(group, tuple(sizes)), saved=saved), accumulation_dtype(logits.dtype)
-    upstreams = [None if x is None else x.to(dtype).contiguous() for x in (upstream_logprob, upstream_entropy)]
+    ignore_index, temperature, softcap, saved, upstream_logprob, upstream_entropy, group, sizes, backend = arguments
+    engine, dtype = SplitEngine(backend, _shards(group, sizes), saved=saved), accumulation_dtype(logits.dtype)
+    of_logprob, of_entropy = (
+        None if x is None else x.to(dtype).contiguous() for x in (upstream_logprob, upstream_entropy)
+    )
     out = _gradient_like(logits)
-    engine.logprob_gradient(logits, targets, *options, None, *upstreams, out)
+    engine.logprob_gradient(logits, targets, ignore_index, temperature, softcap, None, of_logprob, of_entropy, out)
     return out
 
 
@@ -128,7 +136,7 @@ define(
 
 
 def _topk(logits: Tensor, k: int, temperature: float, group: str, sizes: list[int], backend: str) -> list[Tensor]:
-    return list(SplitEngine(backend, of_group(group, tuple(sizes))).topk(logits, k, temperature))
+    return list(SplitEngine(backend, _shards(group, sizes)).topk(logits, k, temperature))
 
 
 def _topk_fake(logits: Tensor, k: int, *_: Any) -> list[Tensor]:

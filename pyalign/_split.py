@@ -1,9 +1,9 @@
 """Losses over rows of logits that are split: every rank holds a slice of the vocabulary.
 
-The engines' folds, merges and maps with the ranks in between. Each rank folds its slice, one collective of a few numbers
-per row gathers the states, every rank merges them alike and maps its slice into its part of the gradient. So losses are
-the same on all ranks, gradients are exact without a further collective, and what backward needs of the other ranks is
-saved by forward. The merges, of numbers per row, are float64.
+The engines' folds, merges and maps with the ranks in between. Each rank folds its slice, one collective of a few
+numbers per row gathers the states, every rank merges them alike and maps its slice into its part of the gradient. So
+losses are the same on all ranks, gradients are exact without a further collective, and what backward needs of the other
+ranks is saved by forward. The merges, of numbers per row, are float64.
 
 What passes between the ranks, per row:
 
@@ -36,7 +36,7 @@ _LOWEST = torch.finfo(torch.float32).min
 _STATES, _SUMS = 5, 2
 
 
-def saved_width(kind: str, k: int, hard: bool) -> int:
+def saved_width(kind: str, k: int = 0, hard: bool = False) -> int:
     """Numbers per row that the forward pass saves for the gradient."""
     if kind == "topk_distill":
         return 4 + 2 * (k + hard)
@@ -318,7 +318,10 @@ class SplitEngine:
             assert slices.targets is not None
             columns.append(self._at_targets(student, slices.targets, vocab)[:, None])
         if want_metrics:
-            columns += [self._spread(student, counted, vocab, temperature), self._leader(student, vocab, shards)[:, None]]
+            columns += [
+                self._spread(student, counted, vocab, temperature),
+                self._leader(student, vocab, shards)[:, None],
+            ]
 
         # All slices: the row as k + 1 logits, relative to their largest
         everybody = gather(torch.cat(columns, -1), shards)
@@ -353,7 +356,7 @@ class SplitEngine:
             loss = _mixed(loss, torch.where(has_target, (top - logit) + at_one.log(), 0.0), hard)
             b = torch.where(has_target, hard / at_one, 0.0)
             is_target = present & (index == tokens.targets[:, None]) & has_target[:, None]
-            values = _weighed(b[:, None], above.exp()) + values - torch.where(is_target, hard, 0.0)
+            values = _weighed(b[:, None], above.exp()) + values - hard * is_target.double()
             alone = has_target & ~is_target.any(-1)
             of_target = a * ((logit - rest_top) / temperature).exp() + b * (logit - top).exp() - hard
             index = torch.cat([index, torch.where(alone, tokens.targets, -1)[:, None]], -1)
@@ -548,5 +551,5 @@ def _pick(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def _first(maxima: Tensor, leaders: Tensor) -> Tensor:
-    """(N,) of slices' maxima and the numbers of their leaders (R, N), the number of the largest, of equals the first."""
+    """(N,) the number of a row's largest entry, of equals the first, from slices' maxima and leaders (R, N)."""
     return torch.where(maxima == maxima.amax(0), leaders, math.inf).amin(0)

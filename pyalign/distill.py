@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from pyalign import _checks, _ops, _ops_linear, _ops_split, _shards
+from pyalign import _checks, _ops, _ops_linear, _ops_split, _shards, _vocabulary
 from pyalign._backends import TRITON_TOPK_VOCAB, choose_name
 from pyalign._collator import ContextDistillationCollator
 from pyalign._linear import Projection, Settings
@@ -65,14 +65,14 @@ def _options(
     return Options(vocab, divergence, float(beta), temperature, bool(temperature_squared), float(hard_weight))
 
 
-def _vocabulary(
+def _used_vocabulary(
     vocab_size: int | None, student: Tensor, teacher_width: int | None, shards: _shards.Shards | None
 ) -> int:
     width = student.shape[-1]
     if shards is not None:
         if teacher_width is not None and teacher_width != width:
             _checks.refuse("teacher_logits", f"a slice of {teacher_width}", f"the student's {width} entries")
-        return shards.limit(vocab_size)
+        return _vocabulary.limit(shards, vocab_size)
     if vocab_size is None:
         if teacher_width is not None and teacher_width != width:
             _checks.refuse(
@@ -183,9 +183,14 @@ def distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **optio
             (1 - h) * divergence + h * cross_entropy(student at temperature 1, target), from the same read.
         inplace: write the gradient over the student's logits, which saves their size in memory. The logits' version
             is bumped, so another consumer of them gets torch's error; a second backward raises. Needs "mean" or
-            "sum", logits that are no leaf, and a dtype other than float16.
+            "sum", logits that are no leaf, a dtype other than float16, and no process_group.
         return_metrics: also return :class:`DistillationMetrics`.
-        process_group: not available in this release.
+        process_group: the vocabulary is split over the ranks of this group, each of which gives its slice of both
+            sides' logits, the same entries of both, in the order of the ranks: a ``torch.distributed`` process group, a
+            1-D DeviceMesh, or :class:`pyalign.distributed.VocabularyShards`. All else is the same on all ranks; targets
+            and ``vocab_size`` are of the whole vocabulary. The loss is the same on all ranks, the gradient is that of
+            the rank's slice, and needs no factor. Forward takes one collective of 6 to 10 numbers per token (JSD and
+            TVD two), backward none. DTensors that are sharded over the vocabulary need no process_group.
 
     Returns:
         The loss, float32 (float64 for float64 logits): () or, for "none", (...); with ``return_metrics`` a pair.
@@ -198,8 +203,12 @@ def distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **optio
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
         RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
     """
-    student_logits, shards = _shards.local("student_logits", student_logits, process_group)
-    teacher_logits = _shards.like("teacher_logits", teacher_logits, shards, "student_logits")
+    student_logits, shards = _vocabulary.local("student_logits", student_logits, process_group)
+    teacher_logits = _vocabulary.like("teacher_logits", teacher_logits, shards, "student_logits")
+    if shards is not None:
+        mask, labels, teacher_rows, weight, targets, num_items = _vocabulary.constants(
+            mask=mask, labels=labels, teacher_rows=teacher_rows, weight=weight, targets=targets, num_items=num_items
+        )
     _checks.floating("teacher_logits", teacher_logits, 1)
     _checks.same_device("teacher_logits", teacher_logits, student_logits)
     if teacher_rows is None and teacher_logits.shape[:-1] != student_logits.shape[:-1]:
@@ -208,7 +217,7 @@ def distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **optio
             f"leading shape {tuple(teacher_logits.shape[:-1])}",
             f"the student's {tuple(student_logits.shape[:-1])}, or teacher_rows= to match them",
         )
-    vocab = _vocabulary(vocab_size, student_logits, teacher_logits.shape[-1], shards)
+    vocab = _used_vocabulary(vocab_size, student_logits, teacher_logits.shape[-1], shards)
     tokens = _checks.tokens(
         student_logits, mask=mask, labels=labels, ignore_index=ignore_index, teacher_rows=teacher_rows, weight=weight,
         targets=targets, hard_weight=hard_weight, num_items=num_items, reduction=reduction,
@@ -221,9 +230,7 @@ def distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **optio
     return _run(_ops.DISTILL, student_logits, (teacher,), tokens, options, inplace, return_metrics, shards)
 
 
-def topk_logprobs(
-    logits: Tensor, k: int = 50, *, temperature: float = 1.0, process_group: Any = None
-) -> TopKLogprobs:
+def topk_logprobs(logits: Tensor, k: int = 50, *, temperature: float = 1.0, process_group: Any = None) -> TopKLogprobs:
     """The k largest log-probabilities of softmax(logits / T) per row, and the log of the mass outside them.
 
     ``residual = logsumexp(logits outside / T) - logsumexp(logits / T)``, summed over the entries outside and not taken
@@ -243,7 +250,7 @@ def topk_logprobs(
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or value.
     """
-    logits, shards = _shards.local("logits", logits, process_group)
+    logits, shards = _vocabulary.local("logits", logits, process_group)
     vocab = logits.shape[-1] if shards is None else shards.vocab
     if not isinstance(k, int) or not 0 < k <= vocab:
         _checks.refuse("k", repr(k), f"an int with 0 < k <= {vocab}, the vocabulary")
@@ -348,7 +355,9 @@ def topk_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **
         temperature: None, or the teacher's own: a stored tail can't be taken to another temperature.
         divergence, beta, mask, labels, ignore_index, teacher_rows, weight, temperature_squared, vocab_size, num_items,
             reduction, targets, hard_weight, inplace, return_metrics, process_group: as in
-            :func:`distillation_loss`. ``agreement`` compares with the teacher's most likely stored entry.
+            :func:`distillation_loss`. ``agreement`` compares with the teacher's most likely stored entry. With a
+            process_group the teacher is the same on all ranks, its indices those of the whole vocabulary; the
+            collective is of k + 3 to k + 8 numbers per token.
 
     Returns:
         The loss, float32 (float64 for float64 logits): () or, for "none", (...); with ``return_metrics`` a pair.
@@ -358,9 +367,13 @@ def topk_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **
             out of range, raises on the CPU and gives NaN for its row on a GPU.
         RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
     """
-    student_logits, shards = _shards.local("student_logits", student_logits, process_group)
+    student_logits, shards = _vocabulary.local("student_logits", student_logits, process_group)
+    if shards is not None:
+        mask, labels, teacher_rows, weight, targets, num_items = _vocabulary.constants(
+            mask=mask, labels=labels, teacher_rows=teacher_rows, weight=weight, targets=targets, num_items=num_items
+        )
     stored = _check_stored(teacher, tail, student_logits, teacher_rows is not None, temperature)
-    vocab = _vocabulary(vocab_size, student_logits, None, shards)
+    vocab = _used_vocabulary(vocab_size, student_logits, None, shards)
     tokens = _checks.tokens(
         student_logits, mask=mask, labels=labels, ignore_index=ignore_index, teacher_rows=teacher_rows, weight=weight,
         targets=targets, hard_weight=hard_weight, num_items=num_items, reduction=reduction,
@@ -377,7 +390,7 @@ def _run_linear(
 ) -> Any:  # fmt: skip
     """Dispatches a loss straight from hidden states; ``student.hidden`` is flat, ``shape`` that of its tokens."""
     hidden = student.hidden
-    backend = choose_name(hidden.device, settings.logits_dtype)
+    backend = choose_name(hidden.device, settings.logits_dtype, split=settings.group is not None)
     if backend == "reference":
         function = getattr(_linear_reference, name)
         other = Projection(*teacher) if name == "linear_distill" else teacher
@@ -461,7 +474,9 @@ def linear_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # 
         num_valid: an int the caller knows, at least as many as the tokens that count. On a GPU it saves the products of
             the others; without it they are computed, because to count them would mean to wait. Fewer than the tokens
             that count raises on a CPU and gives NaN on a GPU.
-        process_group: not available in this release.
+        process_group: as in :func:`distillation_loss`; the weights and biases are this rank's slices, the hidden states
+            are whole and the same on all ranks, and so is their gradient, which takes one all-reduce (in float32, of
+            slices' gradients that aren't rounded). Chunks are the same on all ranks, with a collective in each.
 
     Returns:
         The loss, float32 (float64 for float64 hidden states): () or, for "none", (...); with ``return_metrics`` a pair.
@@ -473,6 +488,9 @@ def linear_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # 
     gradient of a float32 weight), and a few numbers per token. Under autocast products are computed in autocast's
     dtype, from operands converted chunk by chunk, and gradients have the dtype of what they are gradients of.
 
+    A weight or bias that is a DTensor, such as FSDP2 keeps between forward passes, is gathered once, before the first
+    chunk; its gradient is averaged over the ranks of its mesh, as FSDP2 does, and comes back sharded.
+
     "mean" and "sum" compute the gradients in the forward pass, from one projection of either side; float16 and "none"
     project again in the backward pass, and so does a second backward over a retained graph.
 
@@ -481,11 +499,20 @@ def linear_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # 
             smallest chunk.
         RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
     """
-    _checks.no_process_group(process_group)
+    student_hidden, student_weight, student_bias, shards = _vocabulary.head(
+        "student_", student_hidden, student_weight, student_bias, process_group
+    )
+    teacher_hidden, teacher_weight, teacher_bias = _vocabulary.other_head(
+        "teacher_", teacher_hidden, teacher_weight, teacher_bias, shards, "student_weight"
+    )
+    if shards is not None:
+        mask, labels, teacher_rows, weight, targets, num_items = _vocabulary.constants(
+            mask=mask, labels=labels, teacher_rows=teacher_rows, weight=weight, targets=targets, num_items=num_items
+        )
     gemm_dtype = _checks.autocast_dtype(student_hidden)
-    autocast = gemm_dtype is not None
-    _checks.projection("student_", student_hidden, student_weight, student_bias, student_softcap, autocast)
-    _checks.projection("teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, autocast)
+    autocast, split = gemm_dtype is not None, shards is not None
+    _checks.projection("student_", student_hidden, student_weight, student_bias, student_softcap, autocast, split)
+    _checks.projection("teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, autocast, split)
     _checks.same_device("teacher_hidden", teacher_hidden, student_hidden)
     if teacher_rows is None and teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
         _checks.refuse(
@@ -493,7 +520,7 @@ def linear_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # 
             f"leading shape {tuple(teacher_hidden.shape[:-1])}",
             f"the student's {tuple(student_hidden.shape[:-1])}, or teacher_rows= to match them",
         )
-    vocab = _linear_vocabulary(vocab_size, student_weight, teacher_weight)
+    vocab = _linear_vocabulary(vocab_size, student_weight, teacher_weight, shards)
     tokens = _checks.tokens(
         student_hidden, mask=mask, labels=labels, ignore_index=ignore_index, teacher_rows=teacher_rows, weight=weight,
         targets=targets, hard_weight=hard_weight, num_items=num_items, reduction=reduction,
@@ -501,7 +528,7 @@ def linear_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # 
     temperature = _checks.temperature("temperature", temperature)
     options = _options(vocab, divergence, beta, temperature, temperature_squared, hard_weight)
     settings = _checks.linear_settings(
-        workspace_bytes, num_valid, logits_dtype, gemm_dtype, student_hidden, teacher_hidden
+        workspace_bytes, num_valid, logits_dtype, gemm_dtype, shards, student_hidden, teacher_hidden
     )
     student = Projection(_checks.flat_rows(student_hidden), student_weight, student_bias, student_softcap)
     bias = None if teacher_bias is None else teacher_bias.detach()
@@ -510,8 +537,14 @@ def linear_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # 
     return _run_linear("linear_distill", student, teacher, tokens, options, settings, shape, return_metrics)
 
 
-def _linear_vocabulary(vocab_size: int | None, student_weight: Tensor, teacher_weight: Tensor | None) -> int:
+def _linear_vocabulary(
+    vocab_size: int | None, student_weight: Tensor, teacher_weight: Tensor | None, shards: _shards.Shards | None
+) -> int:
     width = student_weight.shape[0]
+    if shards is not None:
+        if teacher_weight is not None and teacher_weight.shape[0] != width:
+            _checks.refuse("teacher_weight", f"a slice of {teacher_weight.shape[0]}", f"the student's {width} entries")
+        return _vocabulary.limit(shards, vocab_size)
     if vocab_size is None:
         if teacher_weight is not None and teacher_weight.shape[0] != width:
             wanted = f"the student's {width}, or vocab_size= for both"
@@ -585,18 +618,24 @@ def linear_topk_distillation_loss(  # pyright: ignore[reportInconsistentOverload
             smallest chunk. An index twice in one row, or out of range, raises on the CPU and gives NaN on a GPU.
         RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
     """
-    _checks.no_process_group(process_group)
+    student_hidden, student_weight, student_bias, shards = _vocabulary.head(
+        "student_", student_hidden, student_weight, student_bias, process_group
+    )
+    if shards is not None:
+        mask, labels, teacher_rows, weight, targets, num_items = _vocabulary.constants(
+            mask=mask, labels=labels, teacher_rows=teacher_rows, weight=weight, targets=targets, num_items=num_items
+        )
     gemm_dtype = _checks.autocast_dtype(student_hidden)
-    autocast = gemm_dtype is not None
-    _checks.projection("student_", student_hidden, student_weight, student_bias, student_softcap, autocast)
+    autocast, split = gemm_dtype is not None, shards is not None
+    _checks.projection("student_", student_hidden, student_weight, student_bias, student_softcap, autocast, split)
     stored = _check_stored(teacher, tail, student_hidden, teacher_rows is not None, temperature)
-    vocab = _linear_vocabulary(vocab_size, student_weight, None)
+    vocab = _linear_vocabulary(vocab_size, student_weight, None, shards)
     tokens = _checks.tokens(
         student_hidden, mask=mask, labels=labels, ignore_index=ignore_index, teacher_rows=teacher_rows, weight=weight,
         targets=targets, hard_weight=hard_weight, num_items=num_items, reduction=reduction,
     )  # fmt: skip
     options = _options(vocab, divergence, beta, stored, temperature_squared, hard_weight)
-    settings = _checks.linear_settings(workspace_bytes, num_valid, logits_dtype, gemm_dtype, student_hidden)
+    settings = _checks.linear_settings(workspace_bytes, num_valid, logits_dtype, gemm_dtype, shards, student_hidden)
     student = Projection(_checks.flat_rows(student_hidden), student_weight, student_bias, student_softcap)
     k, residual = teacher.indices.shape[-1], teacher.residual
     logprobs, indices = teacher.logprobs.detach().reshape(-1, k), teacher.indices.reshape(-1, k)
