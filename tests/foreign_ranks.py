@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from pyalign.integrations.megatron import topk_kl_div
 from pyalign.integrations.nemo_rl import DistillationLossFn
+from pyalign.integrations.openrlhf import KTOLoss
 
 RANKS = 2
 
@@ -58,6 +59,13 @@ def megatron(rank: int, student: Tensor, logprobs: Tensor, ids: Tensor, mask: Te
     message = f"got rank {rank} of 2; wanted one in which this process is rank {1 - rank} of 2"
     with pytest.raises(ValueError, match=message):
         topk_kl_div(part, logprobs, ids, RANKS, 1 - rank, dist.group.WORLD)
+
+
+def kto(rank: int, sides: list[Tensor], expected: Tensor) -> None:
+    """Ranks average their KL estimates, and each has the loss of its own samples."""
+    module = KTOLoss(0.3, 1.0, 0.5, RANKS, torch.device("cpu"))
+    _, _, _, kl = module(*(x.chunk(RANKS)[rank] for x in sides))
+    close(kl, expected)
 
 
 def nemo_rl(

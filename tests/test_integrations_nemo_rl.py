@@ -207,6 +207,17 @@ def test_the_last_position_and_masked_tokens_are_not_read():
     assert loss.item() == close(their_distillation(STUDENT, cfg))
 
 
+def test_logits_longer_than_the_teachers_sequence_lose_their_end():
+    """A packed sequence is padded, and NeMo-RL cuts what it packed beside the logits alone."""
+    longer = torch.cat([STUDENT, torch.full_like(STUDENT[:, :3], math.nan)], 1)
+    data = {**DISTILL, "token_mask": torch.cat([TOKENS, torch.ones_like(TOKENS[:, :2])], 1)}
+    cfg = distill_config()
+    loss, _ = DistillationLossFn(cfg)(longer, data, SEQUENCES, GLOBAL_TOKENS)
+    assert loss.item() == close(their_distillation(STUDENT, cfg))
+    with pytest.raises(ValueError, match=r"logits: got shape \(8, 3, 11\); wanted at least 6 positions"):
+        DistillationLossFn(cfg)(STUDENT[:, : S // 2], DISTILL, SEQUENCES, GLOBAL_TOKENS)
+
+
 @pytest.mark.parametrize("kl_type", ["reverse", "mixed"])
 def test_zero_outside_topk_is_refused_with_a_reverse_kl(kl_type):
     with pytest.raises(ValueError, match=f"zero_outside_topk: got True; wanted False with kl_type '{kl_type}'"):

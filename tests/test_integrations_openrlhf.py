@@ -2,6 +2,7 @@
 
 import math
 
+import foreign_ranks
 import pytest
 import torch
 import torch.nn.functional as F
@@ -106,6 +107,13 @@ def test_kto_returns_rewards_and_the_kl():
     torch.testing.assert_close(chosen, 0.3 * (CHOSEN - REFERENCE[0]))
     torch.testing.assert_close(rejected, 0.3 * (REJECTED - REFERENCE[1])[:3])
     torch.testing.assert_close(kl, (KL - REFERENCE[2]).mean().clamp(min=0))
+
+
+@pytest.mark.slow
+def test_kto_averages_its_kl_over_processes():
+    sides = [numbers(8, seed=i) for i in range(11, 17)]
+    sides[2] = sides[2] + 2.0  # or the estimate is clamped
+    foreign_ranks.run(foreign_ranks.kto, sides, (sides[2] - sides[5]).mean())
 
 
 def test_kto_refuses_processes_that_are_not_there():

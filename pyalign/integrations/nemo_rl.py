@@ -8,7 +8,8 @@ Fits ``nemo_rl/algorithms/loss/loss_functions.py`` (commit 7ea279a, August 2026)
 - **Layout.** Pairs are interleaved: rows 0, 2, ... are chosen, rows 1, 3, ... rejected. ``data`` holds ``sample_mask``
   (2P,) and ``token_mask`` (2P, S) as NeMo-RL's batches do.
 - **Label shift.** ``DPOLossFn`` gets log-probs of the next tokens (2P, S - 1), which ``token_mask[:, 1:]`` masks.
-  ``DistillationLossFn`` takes logits (B, S, V), drops their last position, and masks them in the same way.
+  ``DistillationLossFn`` takes logits (B, S, V), drops their last position, and masks them in the same way. Logits that
+  are longer than the teacher's sequence, as packing pads them, lose their end.
 - **Reduction.** Sums over this microbatch, divided by ``global_valid_seqs / 2`` pairs or ``global_valid_toks`` tokens;
   no factor for data parallelism. Dividing by 0 gives 0. Masked rows are not read: a NaN in them stays there.
 - **sample_mask** weighs a pair; NeMo-RL multiplies by it twice, which is the same for its 0 and 1.
@@ -233,7 +234,7 @@ class DistillationLossFn:
         """The loss, (), and its metrics.
 
         Args:
-            logits: (B, S, V) of the student, or this rank's slice of V.
+            logits: (B, S, V) of the student, or this rank's slice of V; S or more positions.
             data: holds ``input_ids`` and ``token_mask`` (B, S), ``sample_mask`` (B,), ``teacher_topk_logits`` and
                 ``teacher_topk_indices`` (B, S, k).
             global_valid_seqs: not read by a loss over tokens.
@@ -243,13 +244,17 @@ class DistillationLossFn:
             ValueError, TypeError: an argument of the wrong shape, dtype or kind.
         """
         _checks.floating("logits", logits, 3)
+        length = data["teacher_topk_logits"].shape[1]
+        if logits.shape[1] < length:
+            wanted = f"at least {length} positions, the teacher's (whole sequences)"
+            _checks.refuse("logits", f"shape {tuple(logits.shape)}", wanted)
         dtype = accumulation_dtype(logits.dtype)
         values = data["teacher_topk_logits"][:, :-1].to(logits.device, dtype)
         nothing = torch.full_like(values[..., 0], -math.inf) if self.zero_outside_topk else None
         teacher = TopKLogprobs(
             torch.log_softmax(values, -1), data["teacher_topk_indices"][:, :-1].to(logits.device), nothing
         )
-        token_mask, sample_mask = data["token_mask"][:, 1:], data["sample_mask"]
+        token_mask, sample_mask = data["token_mask"][:, 1:length], data["sample_mask"]
         weight = (token_mask * sample_mask[:, None]).to(dtype)
         options: dict[str, Any] = {
             "tail": "bucket" if self.zero_outside_topk else "renormalize",
@@ -258,7 +263,7 @@ class DistillationLossFn:
             "num_items": global_valid_toks.to(dtype).reshape(()),
             "process_group": self.process_group,
         }
-        student, shares = logits[:, :-1], self._shares()
+        student, shares = logits[:, : length - 1], self._shares()
         losses = [share * topk_distillation_loss(student, teacher, divergence=x, **options) for x, share in shares]
         loss = losses[0] if len(losses) == 1 else losses[0] + losses[1]
         return loss, {"loss": loss.item(), "num_valid_samples": data["input_ids"].shape[0]}
