@@ -72,6 +72,7 @@ def test_a_student_peaked_on_the_entries_keeps_its_gradient():
     assert (gradient(ours, student) - exact).abs().max() < 1e-5 * scale
 
 
+@pytest.mark.slow
 def test_the_ranks_of_a_split_vocabulary_add_up_to_the_whole():
     student, mask = numbers(S, B, V + 1, seed=4, scale=1.5), (numbers(B, S, seed=5) > -0.5).double()
     logprobs, ids = stored(S, B, vocab=V + 1, k=K)
