@@ -358,7 +358,27 @@ def accesses(compiled: Any) -> dict[str, int]:
     }
 
 
-def report(everything: bool) -> list[dict[str, Any]]:
+def code(compiled: Any) -> dict[str, Any]:
+    """Registers, shared memory and instructions; the SASS itself where it is NVIDIA's."""
+    found = {"shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
+    if "amdgcn" in compiled.asm:
+        assembly = compiled.asm["amdgcn"]
+        (registers,) = re.findall(r"\.vgpr_count:\s+(\d+)", assembly)
+        instructions = re.findall(r"^\t(?:v|s|ds|global|buffer)_\w+", assembly, re.MULTILINE)
+        return {**found, "registers": int(registers), "instructions": len(instructions), "sass": ""}
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        command = [knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (registers,) = re.findall(r"\bREG:(\d+)", said)
+    opcodes = re.findall(r"/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", said)
+    instructions = sum(opcode != "NOP" for opcode in opcodes)
+    return {**found, "registers": int(registers), "instructions": instructions, "sass": said}
+
+
+def report(everything: bool, with_code: bool = False) -> list[dict[str, Any]]:
     """Compiles all kernels of all cases for all targets, each once."""
     from pyalign.kernels import common, logprob, ranking, scoring
     from pyalign.kernels import distill as engine
@@ -390,6 +410,7 @@ def report(everything: bool) -> list[dict[str, Any]]:
                         "kernel": kernel.__name__,
                         "spilled": spilled_bytes(compiled),
                         **accesses(compiled),
+                        **(code(compiled) if with_code else {}),
                     }
                 )
     return results
@@ -467,4 +488,4 @@ def test_everything_compiles_and_registers_suffice():
 
 
 if __name__ == "__main__":
-    json.dump(report(everything="everything" in sys.argv[1:]), sys.stdout)
+    json.dump(report("everything" in sys.argv[1:], "code" in sys.argv[1:]), sys.stdout)
