@@ -3,7 +3,7 @@
 # smoke tests, and the benchmarks beside the device's own copy bandwidth and GEMM rate. Needs no network where torch,
 # pytest, pytest-benchmark, hypothesis, pybind11 and ninja are installed.
 #
-#   bench/gpu_check.sh [build] [tests] [sanitizer] [bench]     (all of them by default)
+#   bench/gpu_check.sh [build] [tests] [sanitizer] [bench] [predictions]     (all of them by default)
 #   OUT=DIR         where <GPU>.json (figures, machine, versions, commit) and the logs go (bench/results)
 #   PYTHON=python3  which Python, with torch in it (.venv's, else python3)
 #
@@ -15,7 +15,7 @@ out=$(realpath -m "${OUT:-bench/results}")
 mkdir -p "$out"
 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin # nvcc and compute-sanitizer, where they aren't on PATH
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-wanted=${*:-build tests sanitizer bench}
+wanted=${*:-build tests sanitizer bench predictions}
 stages=$out/.stages
 : >"$stages"
 
@@ -88,12 +88,14 @@ if [ -n "$gpu" ]; then
         left_out sanitizer "no compute-sanitizer on PATH"
     fi
     stage bench bench
+    stage predictions "$python" bench/predictions.py measure # beside bench/PREDICTIONS.md
 else
     stage tests "$python" -m pytest -q tests/test_cuda_build.py tests/test_triton_aot.py
     left_out tests "no GPU: no kernel ran on one"
     left_out sanitizer "no GPU: no compute-sanitizer"
     stage bench bench
     left_out bench "no GPU: the figures are the CPU's"
+    left_out predictions "no GPU: they are of an H100"
 fi
 
 "$python" - "$out" "$gpu" <<'PYTHON'

@@ -1,0 +1,465 @@
+"""What we expect of the kernels on an H100, written down before they run there.
+
+    python bench/predictions.py             writes bench/PREDICTIONS.md
+    python bench/predictions.py measure     on a GPU: each case beside its prediction; bench/gpu_check.sh runs it
+    python bench/predictions.py measure -k "linear"
+
+A prediction is made of what the work must move and multiply, of the passes over memory that the kernel makes by its
+source, and of the instructions in its loops as compiled (tests/budgets/cuda.json).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import pyalign
+from pyalign.benchmark import copy_function, interleaved
+
+HERE = Path(__file__).resolve().parent
+BYTES_PER_S, FLOP_PER_S = 3.0e12, 8.0e14  # an H100's copy and bfloat16 products, as measured
+ISSUED_PER_S = 132 * 4 * 32 * 1.755e9  # instructions of threads: 132 multiprocessors, 4 warps a cycle, 1.755 GHz
+OF_COPY, OF_GEMM = 0.85, 0.88  # the share of these rates that we expect
+OF_LOOP, OF_ISSUE = 0.65, 0.75  # of a loop's instructions, aligned rows without targets run two thirds
+CALL = 40e-6  # forward and backward of the Python layer, beside which a small kernel is nothing
+REFUTED = 1.5  # times the expected time
+
+
+class Case(NamedTuple):
+    name: str
+    kernel: str  # as in tests/budgets/cuda.json; empty: products of the vendor's library
+    loops: tuple[tuple[int, int], ...]  # which of its hot loops run over every element, and elements a round
+    elements: int
+    needed: int  # bytes that the work must move
+    moved: int  # bytes that our kernels move
+    flops: int
+    passes: str
+    why: str
+    run: Callable[[], Callable[[], object]]
+    launch_bound: bool = False
+
+    @property
+    def floor(self) -> float:
+        return max(self.needed / BYTES_PER_S, self.flops / FLOP_PER_S)
+
+    @property
+    def issue(self) -> float:
+        """Seconds to issue all instructions of the loops, what aligned rows skip included."""
+        if not self.loops:
+            return 0.0
+        lengths = BUDGETS[self.kernel]["hot loops"]
+        return sum(lengths[i] / elements for i, elements in self.loops) * self.elements / ISSUED_PER_S
+
+    @property
+    def expected(self) -> float:
+        """The larger of memory and arithmetic, and a quarter of the smaller for what doesn't overlap; products after or
+        before, never beside them."""
+        memory = self.moved / BYTES_PER_S / OF_COPY
+        issue = self.issue * OF_LOOP / OF_ISSUE
+        rows = max(memory, issue) + min(memory, issue) / 4
+        return max(rows + self.flops / FLOP_PER_S / OF_GEMM, CALL if self.launch_bound else 0.0)
+
+
+BUDGETS: dict[str, Any] = json.loads((HERE.parent / "tests" / "budgets" / "cuda.json").read_text())["sections"]["90"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = False  # set by tests: every case at a size that a CPU runs in a moment
+
+
+def size(*shape: int) -> tuple[int, ...]:
+    return tuple(min(n, 24) for n in shape) if SMALL else shape
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(*size(*shape), device=DEVICE, dtype=torch.float32).to(dtype)
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return normal(*shape, dtype=dtype).requires_grad_()
+
+
+def training(loss: Callable[[], torch.Tensor], *leaves: torch.Tensor) -> Callable[[], object]:
+    def run() -> None:
+        for x in leaves:
+            x.grad = None
+        loss().backward()
+
+    return run
+
+
+def indices(count: int, bound: int) -> torch.Tensor:
+    (count, bound) = size(count, bound)
+    return torch.randint(0, bound, (count,), device=DEVICE)
+
+
+# ---- Cases ----
+
+
+def distillation(rows: int, vocab: int, divergence: str, struct: str, loops: tuple[int, ...], why: str) -> Case:
+    def run() -> Callable[[], object]:
+        student, teacher = leaf(rows, vocab), normal(rows, vocab)
+        return training(lambda: pyalign.distillation_loss(student, teacher, divergence=divergence), student)
+
+    needed = 3 * 2 * rows * vocab
+    return Case(
+        f"{divergence} loss + gradient, {rows} x {vocab}",
+        f"distill_clusters<bfloat16, {struct}>",
+        tuple((i, 8) for i in loops),
+        rows * vocab,
+        needed,
+        needed,
+        0,
+        f"1 read of both rows into a cluster's shared memory, {len(loops)} passes over it, 1 write",
+        why,
+        run,
+    )
+
+
+SHARED = 227 << 10  # bytes that a block may have
+
+
+def through_l2(fixed: int, row: int) -> str:
+    """The share of a row that one block a multiprocessor doesn't keep in shared memory (plan_rows in runtime.cu)."""
+    return f"{max(row - (SHARED - fixed), 0) / row:.0%}"
+
+
+def topk_case(rows: int, vocab: int, dtype: torch.dtype, name: str) -> Case:
+    def run() -> Callable[[], object]:
+        x = normal(rows, vocab, dtype=dtype)
+        return lambda: pyalign.topk_logprobs(x, min(50, x.shape[1]))
+
+    width, vector = dtype.itemsize, 16 // dtype.itemsize
+    needed, again = width * rows * vocab, through_l2(2048 + 128 + 2 * 1024 * 8 + 16, width * vocab)
+    return Case(
+        f"topk_logprobs k = 50, {name}, {rows} x {vocab}",
+        f"topk_rows<{'float' if name == 'float32' else name}>",
+        ((0, 4 * vector), (1, vector)),
+        rows * vocab,
+        needed,
+        needed,
+        0,
+        f"1 read of the row (the threads' largest), 1 pass over shared memory and, for {again}, L2",
+        "one block of 1024 threads holds as much of the row as shared memory takes; both passes are short",
+        run,
+    )
+
+
+def topk_loss(rows: int, vocab: int) -> Case:
+    def run() -> Callable[[], object]:
+        student = leaf(rows, vocab)
+        stored = pyalign.topk_logprobs(normal(rows, vocab), min(50, student.shape[1] - 1))
+        return training(lambda: pyalign.topk_distillation_loss(student, stored), student)
+
+    needed = 2 * 2 * rows * vocab + 50 * 12 * rows
+    return Case(
+        f"top-k loss + gradient, k = 50, {rows} x {vocab}",
+        "topk_distill_rows<bfloat16>",
+        ((0, 16), (2, 8)),
+        rows * vocab,
+        needed,
+        needed,
+        0,
+        f"1 read, 1 pass over shared memory and, for {through_l2(2048 + 128 + vocab // 8, 2 * vocab)}, L2, 1 write",
+        "one block of 512 threads a multiprocessor: reading, waiting and writing hardly overlap between rows",
+        run,
+    )
+
+
+def logprob_case(rows: int, vocab: int, backward: bool) -> Case:
+    def run() -> Callable[[], object]:
+        logits = leaf(rows, vocab) if backward else normal(rows, vocab)
+        targets = indices(rows, vocab)
+        if not backward:
+            return lambda: pyalign.token_logprobs(logits, targets, return_entropy=True)
+
+        def loss() -> torch.Tensor:
+            logprob, entropy = pyalign.token_logprobs(logits, targets, return_entropy=True)
+            return logprob.sum() + 0.01 * entropy.sum()
+
+        return training(loss, logits)
+
+    needed = (3 if backward else 1) * 2 * rows * vocab
+    return Case(
+        f"token_logprobs with entropy{', forward + backward' if backward else ''}, {rows} x {vocab}",
+        "logprob_rows<bfloat16, bfloat16, false>",
+        ((0, 16), (1, 16)) if backward else ((0, 16),),
+        rows * vocab,
+        needed,
+        needed,
+        0,
+        "1 read forward, 1 read and 1 write backward, from the stored state" if backward else "1 read",
+        "1024 threads, two vectors each in flight: 32 KB a multiprocessor",
+        run,
+    )
+
+
+def linear_case(name: str, sides: int, products: int, hidden: int, vocab: int, tokens: int) -> Case:
+    def run() -> Callable[[], object]:
+        x, weight, other = leaf(tokens, hidden), leaf(vocab, hidden), normal(vocab, hidden)
+        targets, teacher = indices(tokens, vocab), normal(tokens, hidden)
+        losses: dict[str, Callable[[], torch.Tensor]] = {
+            "linear_distillation_loss": lambda: pyalign.linear_distillation_loss(x, weight, teacher, other),
+            "linear_token_logprobs": lambda: pyalign.linear_token_logprobs(x, weight, targets).sum(),
+            "linear_cross_entropy": lambda: pyalign.linear_cross_entropy(x, weight, targets),
+        }
+        return training(losses[name], x, weight)
+
+    # float32 logits: each projection writes them, the row kernels read them and write the gradient over one side's, and
+    # the gradient is read and written in 16 bits by tiles for its products; the weight's gradient in float32, per chunk
+    matrix, head = 4 * tokens * vocab, 4 * vocab * hidden
+    projections = products - 2
+    moved = (2 * projections + 1) * matrix + matrix + matrix // 2 + 2 * 2 * head
+    needed = 2 * sides * hidden * (tokens + vocab) + 2 * hidden * (tokens + vocab)
+    return Case(
+        f"{name} forward + backward, {tokens} x {hidden} -> {vocab}",
+        "",
+        (),
+        tokens * vocab,
+        needed,
+        moved,
+        products * 2 * tokens * hidden * vocab,
+        f"{products} products by the vendor's library in chunks of 4096 tokens, float32 logits between them",
+        "products at 88 % of 800 TFLOP/s; logits in float32 pass through memory between them, which doesn't overlap",
+        run,
+    )
+
+
+def pairs_case(pairs: int) -> Case:
+    def run() -> Callable[[], object]:
+        chosen, rejected = leaf(pairs), leaf(pairs)
+        return training(lambda: pyalign.pairwise_preference_loss(chosen, rejected), chosen, rejected)
+
+    moved = pairs * (2 * 2 + 4 + 4 + 2 * 2)
+    return Case(
+        f"pairwise_preference_loss forward + backward, {pairs} pairs",
+        "pair_items<bfloat16>",
+        ((0, 1),),
+        pairs,
+        pairs * 8,
+        moved,
+        0,
+        "1 launch forward (loss, gradient, sum), 1 backward",
+        "kernels take a few microseconds: the time is the Python layer's",
+        run,
+        True,
+    )
+
+
+def groups_case(groups: int, members: int) -> Case:
+    def run() -> Callable[[], object]:
+        scores = leaf(groups, members, dtype=torch.float32)
+        ranks = torch.arange(scores.shape[1], device=DEVICE).expand_as(scores).contiguous()
+        return training(lambda: pyalign.ranked_preference_loss(scores, ranks), scores)
+
+    entries, threads = groups * members, 4 if members < 256 else 16
+    return Case(
+        f"ranked_preference_loss forward + backward, {groups} x {members}",
+        f"rank_pairs<float, {threads}>",
+        ((1, 4),),
+        entries * members,
+        entries * (4 + 8 + 4),
+        entries * (4 + 8 + 3 * 4 + 2 * 4),
+        0,
+        "1 launch forward, each ordered pair computed by both of its entries; 1 backward",
+        "small groups are the Python layer's time; one group of thousands is arithmetic",
+        run,
+        True,
+    )
+
+
+def reward_case(sequences: int, length: int, width: int) -> Case:
+    def run() -> Callable[[], object]:
+        hidden, head = leaf(sequences, length, width), leaf(width, dtype=torch.float32)
+        return training(lambda: pyalign.reward_scores(hidden, head).sum(), hidden, head)
+
+    moved = 2 * sequences * length * width + 3 * 2 * sequences * width
+    return Case(
+        f"reward_scores forward + backward, {sequences} x {length} x {width}",
+        "reward_heads<bfloat16>",
+        (),
+        sequences * length * width,
+        moved,
+        moved,
+        0,
+        "reads the last tokens' rows; backward clears the hidden states' gradient and writes those rows",
+        "a memset and small launches",
+        run,
+        True,
+    )
+
+
+def wins_case(members: int) -> Case:
+    def run() -> Callable[[], object]:
+        scores = normal(1, members, dtype=torch.float32)
+        return lambda: pyalign.win_probabilities(scores)
+
+    moved = 4 * members * members
+    return Case(
+        f"win_probabilities, one group of {members}",
+        "win_matrix<float>",
+        (),
+        members * members,
+        moved,
+        moved,
+        0,
+        "scores stay in cache; 1 write of the matrix in 4-byte stores, a warp's side by side",
+        "writes alone, beside an exponential and a division per entry",
+        run,
+        True,
+    )
+
+
+def metrics_case(pairs: int) -> Case:
+    def run() -> Callable[[], object]:
+        chosen, rejected = normal(pairs, dtype=torch.float32), normal(pairs, dtype=torch.float32)
+        return lambda: pyalign.preference_metrics(chosen, rejected)
+
+    cells, warps = 11, 8
+    return Case(
+        f"preference_metrics, {pairs} pairs",
+        "pair_metrics<float>",
+        ((0, 1), (1, 1)),
+        # every pair is looked at by the warp of each cell, 11 cells over 8 warps; most of them stop at once
+        pairs * -(-cells // warps),
+        8 * pairs,
+        8 * pairs,
+        0,
+        "1 read; tiles of 1024 pairs in shared memory, each looked through once per bin",
+        "arithmetic over tiles, not memory",
+        run,
+        True,
+    )
+
+
+def cases() -> list[Case]:
+    kl = (
+        "two blocks a multiprocessor, one row pair at work while the next arrives; memory and arithmetic nearly balance"
+    )
+    third = "a third pass over shared memory: the slope needs a sum over the row first"
+    longer = "rows of 1 MB leave room for one stage: copies overlap with the other block's arithmetic alone"
+    jsd = "two more logarithms and exponentials of mixtures per entry, in a pass of its own for the sums: arithmetic"
+    bfloat16 = torch.bfloat16
+    return [
+        distillation(8192, 128256, "forward_kl", "ForwardKL", (0, 2), kl),
+        distillation(8192, 151936, "forward_kl", "ForwardKL", (0, 2), kl),
+        distillation(4096, 262144, "forward_kl", "ForwardKL", (0, 2), longer),
+        distillation(8192, 128256, "reverse_kl", "ReverseKL", (0, 2, 3), third),
+        distillation(8192, 128256, "jsd", "JensenShannon", (0, 2, 3), jsd),
+        distillation(8192, 128256, "tvd", "TotalVariation", (0, 2, 3), third),
+        topk_case(8192, 128256, bfloat16, "bfloat16"),
+        topk_case(8192, 128256, torch.float32, "float32"),
+        topk_loss(8192, 128256),
+        logprob_case(8192, 151936, False),
+        logprob_case(8192, 151936, True),
+        linear_case("linear_distillation_loss", 2, 4, 4096, 128256, 8192),
+        linear_case("linear_token_logprobs", 1, 4, 4096, 128256, 8192),
+        linear_case("linear_cross_entropy", 1, 3, 4096, 128256, 8192),
+        pairs_case(4096),
+        groups_case(4096, 16),
+        groups_case(1, 4096),
+        reward_case(64, 512, 1024),
+        wins_case(4096),
+        metrics_case(10_000_000),
+    ]
+
+
+# ---- The page ----
+
+HEAD = """# Predictions for an H100
+
+Written by `python bench/predictions.py` before any of these kernels ran on a GPU. `bench/gpu_check.sh predictions` (or
+`python bench/predictions.py measure` on a GPU machine where pyalign is built) measures every line and prints it beside
+its prediction, beside the copy's rate in the same run.
+
+- **needed**: bytes that the work must move, inputs read and results written once. **floor**: the larger of that at
+  {bandwidth:.1f} TB/s (copied) and the products at {flops:.0f} TFLOP/s bfloat16.
+- **issue**: time to issue all instructions in the kernel's loops (`tests/budgets/cuda.json`, sm_90) at the peak of
+  {issued:.1f} T a second. It counts what aligned rows without targets skip: they run about {of_loop:.0%} of it, at
+  about {of_issue:.0%} of that rate.
+- **expected**: the larger of memory at {of_copy:.0%} of a copy and issue, and a quarter of the smaller; products at
+  {of_gemm:.0%} of their rate are added. Small calls take {call:.0f} us of Python.
+- **refuted** by more than {refuted} x the expected time: then the reason in the last column is wrong, and a profile
+  says what is right. Less than the floor means that the measurement is wrong.
+
+| case | needed | GFLOP | floor | issue | expected | refuted beyond | share of floor |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f} us" if seconds < 1e-4 else f"{seconds * 1e3:.2f} ms"
+
+
+def amount(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def page(found: Sequence[Case]) -> str:
+    head = HEAD.format(
+        bandwidth=BYTES_PER_S / 1e12,
+        flops=FLOP_PER_S / 1e12,
+        issued=ISSUED_PER_S / 1e12,
+        of_loop=OF_LOOP,
+        of_issue=OF_ISSUE,
+        of_copy=OF_COPY,
+        of_gemm=OF_GEMM,
+        call=CALL * 1e6,
+        refuted=REFUTED,
+    )
+    lines = [
+        f"| {x.name} | {amount(x.needed)} | {f'{x.flops / 1e9:.0f}' if x.flops else ''} | {milliseconds(x.floor)} | "
+        f"{milliseconds(x.issue) if x.loops else ''} | {milliseconds(x.expected)} | "
+        f"{milliseconds(REFUTED * x.expected)} | {x.floor / x.expected:.0%} |"
+        for x in found
+    ]
+    reasons = ["", "| case | kernel | over memory | why |", "|---|---|---|---|"]
+    reasons += [f"| {x.name} | {x.kernel or 'products'} | {x.passes} | {x.why} |" for x in found]
+    return head + "\n".join([*lines, *reasons]) + "\n"
+
+
+# ---- Measuring ----
+
+
+def verdict(case: Case, seconds: float) -> str:
+    if seconds < 0.95 * case.floor:
+        return "FASTER THAN ITS FLOOR: the measurement or the floor is wrong"
+    return "REFUTED" if seconds > REFUTED * case.expected else "as expected"
+
+
+def measure(found: Sequence[Case]) -> None:
+    """Each case alone, in turns with a copy that says what this GPU reaches."""
+    device = torch.device(DEVICE)
+    for case in found:
+        step = case.run()
+        copy, copied = copy_function(torch.empty(size(1 << 28)[0], device=device))
+        times = interleaved({"ours": step, "copy": copy}, device, rounds=11)
+        rate = copied / times["copy"] / 1e12
+        print(
+            f"{case.name:<64} {times['ours'] * 1e3:9.3f} ms, expected {case.expected * 1e3:9.3f}, floor "
+            f"{case.floor * 1e3:9.3f}: {verdict(case, times['ours'])} (copy {rate:.2f} TB/s)",
+            flush=True,
+        )
+        del step, copy
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", nargs="?", choices=["write", "measure"], default="write")
+    parser.add_argument("-k", default="", help="only the cases whose name holds this")
+    options = parser.parse_args()
+    found = [case for case in cases() if options.k in case.name]
+    if options.action == "write":
+        (HERE / "PREDICTIONS.md").write_text(page(cases()))
+    elif DEVICE != "cuda":
+        sys.exit("no GPU that torch sees: predictions of an H100 are measured on one")
+    else:
+        measure(found)
+
+
+if __name__ == "__main__":
+    main()
