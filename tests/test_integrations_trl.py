@@ -338,7 +338,7 @@ def test_chunked_divergence_loss_is_trls(beta: float, scales: tuple[float, float
         "teacher_logit_scale": scales[1], "student_final_logit_softcapping": 5.0, "temperature": 0.8,
     }  # fmt: skip
     home = module(MODULES["distillation"])
-    chunks = {"chunk_size": 4} if "chunk_size" in integration._names(home._chunked_divergence_loss) else {}
+    chunks = {"chunk_size": 4} if "chunk_size" in integration._parameters(home._chunked_divergence_loss) else {}
     ours = integration._chunked_divergence_loss(*arguments, **options)
     theirs = home._chunked_divergence_loss(*arguments, **options, **chunks)
     no_worse(ours[0], theirs[0], truth, leaves, [hidden, weight, bias])
@@ -386,13 +386,22 @@ def test_selective_log_softmax_is_trls(dtype: torch.dtype) -> None:
     torch.testing.assert_close(entropy.double(), -(truth.exp() * truth).sum(-1) * mask, **tolerance)
     torch.testing.assert_close(integration._selective_log_softmax(logits, index).double(), expected, **tolerance)
     several = torch.randint(0, 101, (2, 5, 3))
-    found = integration._selective_log_softmax(logits, several, temperature=0.5)
-    torch.testing.assert_close(
-        found.double(), (logits.detach().double() / 0.5).log_softmax(-1).gather(-1, several), **tolerance
-    )
+    found = integration._selective_log_softmax(logits, several, temperature=0.5, row_mask=mask[..., None])
+    warm = (logits.detach().double() / 0.5).log_softmax(-1).gather(-1, several)
+    torch.testing.assert_close(found.double(), warm * mask[..., None], **tolerance)
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     with pytest.raises((ValueError, IndexError), match="-100"):
         integration._selective_log_softmax(logits, index.masked_fill(mask == 0, -100))
+
+
+@pytest.mark.parametrize("num_items", [None, torch.tensor(3.0)])
+def test_a_divergence_over_nothing_is_a_differentiable_zero(num_items: Any) -> None:
+    hidden, weight = (torch.randn(*shape).requires_grad_() for shape in ((2, 3, 8), (19, 8)))
+    mask = torch.zeros(2, 3, dtype=torch.int64)
+    results = integration._chunked_divergence_loss(hidden, hidden, weight, weight.detach(), mask, 0.5, num_items)
+    assert [x.item() for x in results] == [0, 0, 0]
+    results[0].backward()
+    assert torch.count_nonzero(hidden.grad) == torch.count_nonzero(weight.grad) == 0
 
 
 def test_a_fused_head_over_nothing_is_empty_and_differentiable() -> None:

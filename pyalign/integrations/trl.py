@@ -154,15 +154,14 @@ def _chunked_divergence_loss(
     assert teacher_weight is not None
     valid = completion_mask != 0
     total, metrics = linear_distillation_loss(
-        student_hidden_states,
+        student_hidden_states[valid],  # (N, H): a GPU waits for their number here, as it does in TRL
         weight,
-        teacher_hidden_states,
+        teacher_hidden_states[valid],
         teacher_weight,
         student_bias=_plain(student_lm_head_bias, dtype),
         teacher_bias=_plain(teacher_lm_head_bias, teacher_dtype),
         student_softcap=student_softcap,
         teacher_softcap=teacher_softcap,
-        mask=valid,
         temperature=divisor,
         reduction="sum",
         return_metrics=True,
@@ -246,7 +245,8 @@ def _selective_log_softmax(
         logprob = token_logprobs(logits, top, temperature=temperature)
         picked = torch.cat([top[..., None], index], -1)
         wide = logits.gather(-1, picked).to(logprob.dtype) / temperature
-        return logprob[..., None] + (wide[..., 1:] - wide[..., :1])
+        several = logprob[..., None] + (wide[..., 1:] - wide[..., :1])
+        return several if row_mask is None else several.masked_fill(row_mask == 0, 0.0)
     targets = index if row_mask is None else index.masked_fill(row_mask == 0, _NO_TARGET)
     return token_logprobs(logits, targets, ignore_index=_NO_TARGET, temperature=temperature)
 
@@ -313,11 +313,6 @@ class _FusedLogprobs:
             with torch.no_grad():
                 found = _head_metrics(hidden, plain_weight, plain_bias, targets, softcap, divisor, wanted)
         return logprobs, entropy, *(found.get(name) for name in _METRICS)
-
-
-def _compact(device: torch.device) -> bool:
-    """Whether a fused head is given the labelled tokens alone; TRL itself gives a CPU all of them."""
-    return device.type in ("cpu", "cuda", "xpu")
 
 
 def _reward_loss(original: Callable[..., Any], count: Callable[[], None]) -> Callable[..., Any]:
@@ -450,19 +445,21 @@ class _Planner:
             raise SeamError(f"{owner.__name__}.{name} leads to pyalign already: undo() that first")
         return found
 
-    def check_signature(self, seam: str, function: Callable[..., Any], *wanted: Iterable[str]) -> None:
-        given = tuple(inspect.signature(function).parameters)
-        if given not in [tuple(names) for names in wanted]:
+    def check_signature(self, seam: str, function: Callable[..., Any], *wanted: tuple[str, ...]) -> None:
+        given = _parameters(function)
+        if given not in wanted:
             raise self.fail(seam, f"it takes ({', '.join(given)}), not ({', '.join(wanted[0])})")
 
     def check_probe(self, seam: str, theirs: Callable[[Any], Any], ours: Callable[[Any], Any], cases: Any) -> None:
         """Both compute the same values and gradients from each case's inputs, which ``cases`` makes anew."""
-        for number in range(len(cases())):
+        with torch.inference_mode(False), torch.device("cpu"):
+            made = [cases() for _ in (theirs, ours)]
+        for number in range(len(made[0])):
             results: list[list[Tensor | None]] = []
-            for function in (theirs, ours):
-                case, leaves = cases()[number]
+            for function, mine in zip((theirs, ours), made, strict=True):
+                case, leaves = mine[number]
                 try:
-                    with torch.enable_grad(), torch.autocast("cpu", enabled=False):
+                    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
                         results.append(_values_and_gradients(function(case), leaves))
                 except SeamError:
                     raise
@@ -524,8 +521,8 @@ class _Planner:
 
 def _values_and_gradients(result: Any, leaves: Sequence[Tensor]) -> list[Tensor | None]:
     outputs: list[Tensor | None] = list(result) if isinstance(result, tuple) else [result]
-    weights = torch.linspace(0.5, 1.5, 64)
-    total = torch.zeros(())
+    weights = torch.linspace(0.5, 1.5, 64, dtype=torch.float32, device="cpu")
+    total = torch.zeros_like(weights[0])
     for x in outputs:
         if x is not None and x.requires_grad:
             total = total + (x * weights[: x.numel()].reshape(x.shape)).sum()
@@ -562,8 +559,10 @@ def _random(seed: int = 0) -> Callable[..., Tensor]:
 # ---- What is known of each trainer ----
 
 
-def _names(function: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(function).parameters)
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Names and defaults, in order."""
+    empty = inspect.Parameter.empty
+    return tuple(str(x.replace(annotation=empty)) for x in inspect.signature(function).parameters.values())
 
 
 def _itself(x: Any) -> Any:
@@ -574,7 +573,7 @@ def _plan_reward(plan: _Planner) -> None:
     seam = "RewardTrainer.compute_loss"
     trainer_class = plan.module("trainer.reward_trainer").RewardTrainer
     original = plan.get(trainer_class, "compute_loss")
-    plan.check_signature(seam, original, ("self", "model", "inputs", "return_outputs", "num_items_in_batch"))
+    plan.check_signature(seam, original, ("self", "model", "inputs", "return_outputs=False", "num_items_in_batch=None"))
 
     def cases() -> list[Any]:
         found: list[Any] = []
@@ -619,11 +618,10 @@ def _plan_fused_head(plan: _Planner, trainer: str) -> None:
     """TRL 1.16's head from hidden states."""
     utils = plan.module("trainer.utils")
     original = plan.get(utils, "_ChunkedLogProbFunction")
-    names = (*_names(_FusedLogprobs.apply),)
     forward = getattr(original, "forward", None)
     if forward is None:
         raise plan.fail(_FUSED_HEAD, "it has no forward")
-    plan.check_signature(_FUSED_HEAD, forward, ("ctx", *names))
+    plan.check_signature(_FUSED_HEAD, forward, ("ctx", *_parameters(_FusedLogprobs.apply)))
 
     def cases() -> list[Any]:
         found: list[Any] = []
@@ -656,7 +654,14 @@ def _plan_fused_head(plan: _Planner, trainer: str) -> None:
             count()
             return _FusedLogprobs.apply(*args, **kwargs)
 
-    for name, was, becomes in (("_ChunkedLogProbFunction", original, Counted), ("_use_triton", compact, _compact)):
+    def labelled_only(device: torch.device) -> bool:
+        """Whether a fused head is given the labelled tokens alone; TRL itself gives a CPU all of them."""
+        return device.type == "cpu" or compact(device)
+
+    for name, was, becomes in (
+        ("_ChunkedLogProbFunction", original, Counted),
+        ("_use_triton", compact, _marked(labelled_only, compact)),
+    ):
         plan.add(_Change(utils, name, was, becomes), trainer)
 
 
@@ -668,7 +673,7 @@ def _plan_selective(plan: _Planner, trainer: str) -> None:
         ("selective_log_softmax_and_entropy", _selective_log_softmax_and_entropy),
     ):
         original = plan.get(utils, name)
-        plan.check_signature(name, original, _names(replacement))
+        plan.check_signature(name, original, _parameters(replacement))
 
         def cases(alone: bool = name == "selective_log_softmax") -> list[Any]:
             found: list[Any] = []
@@ -700,8 +705,7 @@ def _plan_logprobs(plan: _Planner, trainer: str, module: str, class_name: str) -
         if not any(name in vars(home) for name in seams):
             raise plan.fail(f"trl.{module}", f"it uses neither add_fused_lm_head nor {' nor '.join(seams)}")
         _plan_once(plan, "selective", trainer, _plan_selective)
-    trainer_class = getattr(home, class_name)
-    plan.guard(next(c for c in trainer_class.__mro__ if "compute_loss" in vars(c)), trainer, *seams)
+    plan.guard(getattr(home, class_name), trainer, *seams)
 
 
 def _plan_once(plan: _Planner, key: str, trainer: str, make: Callable[[_Planner, str], None]) -> None:
@@ -734,7 +738,7 @@ def _plan_distillation(plan: _Planner) -> None:
     seam = "_chunked_divergence_loss"
     home = plan.module("trainer.distillation_trainer")
     original = plan.get(home, seam)
-    names = _names(_chunked_divergence_loss)
+    names = _parameters(_chunked_divergence_loss)
     chunked = (*names[:6], "chunk_size", *names[6:])  # TRL 1.14
     plan.check_signature(seam, original, names, chunked)
     signature = inspect.signature(original)
@@ -785,7 +789,7 @@ def _plan_gkd(plan: _Planner) -> None:
     if not isinstance(raw, staticmethod):
         raise plan.fail(f"GKDTrainer.{seam}", "it is no static method")
     original: Callable[..., Any] = raw.__func__
-    plan.check_signature(f"GKDTrainer.{seam}", original, _names(_generalized_jsd_loss))
+    plan.check_signature(f"GKDTrainer.{seam}", original, _parameters(_generalized_jsd_loss))
 
     def cases() -> list[Any]:
         labels = torch.tensor([[3, -100, 4], [-100, 5, -100]])
@@ -815,7 +819,7 @@ def _plan_async(plan: _Planner) -> None:
     seam = "_chunked_jsd_loss"
     home = plan.module("experimental.async_distillation.async_distillation_trainer")
     original = plan.get(home, seam)
-    plan.check_signature(seam, original, _names(_chunked_jsd_loss))
+    plan.check_signature(seam, original, _parameters(_chunked_jsd_loss))
 
     def cases() -> list[Any]:
         found: list[Any] = []
