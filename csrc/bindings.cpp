@@ -61,6 +61,28 @@ DistillOptions options(const py::tuple& t) {
             t[4].cast<bool>(),    t[5].cast<double>()};
 }
 
+// (stage, states, sums)
+Split split(const py::tuple& t) {
+    return {static_cast<Stage>(t[0].cast<int>()), pointer<double>(t[1]), pointer<double>(t[2])};
+}
+
+// logits, (count, vocab, k, mask, indices, temperature), (states, exponentials, values), gradient, width
+OutsideArgs outside_args(const py::tuple& logits, const py::tuple& t, const py::tuple& in_out,
+                         const py::tuple& gradient, int64_t width) {
+    return {rows(logits),
+            t[0].cast<int64_t>(),
+            t[1].cast<int64_t>(),
+            t[2].cast<int64_t>(),
+            pointer<const uint8_t>(t[3]),
+            pointer<const int64_t>(t[4]),
+            t[5].cast<double>(),
+            pointer<double>(in_out[0]),
+            pointer<const double>(in_out[1]),
+            pointer<const double>(in_out[2]),
+            rows(gradient),
+            width};
+}
+
 // (k, logprobs, indices, residual, dtype, residual_dtype, wide_indices)
 TopK top_k(const py::tuple& t) {
     return {t[0].cast<int64_t>(),
@@ -78,7 +100,7 @@ void register_distill(py::module_& m, Distill distill, TopKDistill topk_distill,
     const auto execution = [](uintptr_t x) { return (Execution)x; };
     m.def("distill", [=](const py::tuple& student, const py::tuple& teacher, const py::tuple& token,
                          const py::tuple& out, const py::tuple& option, uintptr_t on) {
-        const DistillArgs args{rows(student), rows(teacher), tokens(token), outputs(out), options(option)};
+        const DistillArgs args{rows(student), rows(teacher), tokens(token), outputs(out), options(option), Split{}};
         py::gil_scoped_release release;
         distill(args, execution(on));
     });
@@ -204,7 +226,7 @@ void register_ranking(py::module_& m, PairLossFunction pair_loss, RankedLoss ran
 // ---- Log-probs ----
 
 // logits, gradient, (count, targets, ignore_index, given_state, upstream_logprob, upstream_entropy, factor),
-// (vocab, temperature, softcap, label_smoothing, z_loss), (logprob, entropy, state, row_loss)
+// (vocab, temperature, softcap, label_smoothing, z_loss, whole_vocab), (logprob, entropy, state, row_loss, above)
 LogprobArgs logprob_args(const py::tuple& logits, const py::tuple& gradient, const py::tuple& t, const py::tuple& o,
                          const py::tuple& out) {
     return {rows(logits),
@@ -216,11 +238,13 @@ LogprobArgs logprob_args(const py::tuple& logits, const py::tuple& gradient, con
             pointer<const void>(t[4]),
             pointer<const void>(t[5]),
             pointer<const void>(t[6]),
-            {o[0].cast<int64_t>(), o[1].cast<double>(), o[2].cast<double>(), o[3].cast<double>(), o[4].cast<double>()},
+            {o[0].cast<int64_t>(), o[1].cast<double>(), o[2].cast<double>(), o[3].cast<double>(), o[4].cast<double>(),
+             o[5].cast<int64_t>()},
             pointer<void>(out[0]),
             pointer<void>(out[1]),
             pointer<void>(out[2]),
-            pointer<void>(out[3])};
+            pointer<void>(out[3]),
+            pointer<void>(out[4])};
 }
 
 template <class Execution, class Logprob>
@@ -363,6 +387,19 @@ void register_cpu(py::module_ m) {
     register_distill<int>(m, cpu::distill, cpu::topk_distill, cpu::topk, cpu::scale);
     register_logprob<int>(m, cpu::logprob);
     register_scoring<int>(m, cpu::reward_scores, cpu::reward_gradient, cpu::score_groups, cpu::preference_metrics);
+    m.def("split_distill", [](const py::tuple& student, const py::tuple& teacher, const py::tuple& token,
+                              const py::tuple& out, const py::tuple& option, const py::tuple& parts, int threads) {
+        const DistillArgs args{rows(student), rows(teacher),   tokens(token),
+                               outputs(out),  options(option), split(parts)};
+        py::gil_scoped_release release;
+        cpu::distill(args, threads);
+    });
+    m.def("outside", [](const py::tuple& logits, const py::tuple& set, const py::tuple& in_out,
+                        const py::tuple& gradient, int64_t width, int threads) {
+        const OutsideArgs args = outside_args(logits, set, in_out, gradient, width);
+        py::gil_scoped_release release;
+        cpu::outside(args, threads);
+    });
     m.def("widen", [](const py::tuple& matrix, int64_t count, int64_t width, uintptr_t a, uintptr_t b, int dtype,
                       bool add, int threads) {
         const Rows out = rows(matrix);

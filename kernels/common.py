@@ -31,6 +31,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
 MANTISSA = tl.constexpr(0x007FFFFF)
 INFINITY = tl.constexpr(float("inf"))
+ELSEWHERE = tl.constexpr(-(1 << 63))  # a target in another slice of a row that is split, see csrc/common/distill_args.h
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 # Functions
@@ -156,6 +157,12 @@ def merge_states(best, total, top, inverse_temperature):
 @triton.jit
 def merge_checked(best, total, top, inverse_temperature):
     return checked(top, merge_states(best, total, top, inverse_temperature))
+
+
+@triton.jit
+def finite_max(top, total):
+    """The total of a slice of a row, NaN if its logits held +inf or NaN."""
+    return tl.where(top < INFINITY, total, float("nan"))
 
 
 @triton.jit

@@ -28,6 +28,7 @@ from pyalign._types import Options, Results, Rows, Tokens, rows
 
 from .common import (
     COLUMNS_PER_THREAD,
+    ELSEWHERE,
     INFINITY,
     LOWEST,
     access,
@@ -38,6 +39,7 @@ from .common import (
     exp_nonpositive,
     exp_scaled,
     expm1_nonpositive,
+    finite_max,
     fold,
     fold_lane,
     group_size,
@@ -198,18 +200,29 @@ def _map_needs_sums(divergence: str) -> bool:
 
 
 # The hard term: cross-entropy of softmax(student) at temperature 1. A target of ignore_index asks for none,
-# one out of range makes its row NaN.
+# one out of range makes its row NaN, and ELSEWHERE is in another slice of a row that is split.
 
 
 @triton.jit
 def load_target(targets, row, student_row, vocab, ignore_index):
-    """(target, its logit): -1 and 0 without a target, -2 and NaN for one out of range."""
+    """(target, its logit): -1 and 0 without a target, -2 and NaN for one out of range, -2 and 0 for one elsewhere."""
     target = tl.load(targets + row)
     ignored = target == ignore_index
+    elsewhere = target == ELSEWHERE
     known = (target >= 0) & (target < vocab)
     logit = tl.load(student_row + target, mask=known, other=float("nan")).to(tl.float32)
     target = tl.where(known, target, -2)
-    return tl.where(ignored, -1, target), tl.where(ignored, 0.0, logit)
+    return tl.where(ignored, -1, target), tl.where(ignored | elsewhere, 0.0, logit)
+
+
+@triton.jit
+def store_states(to, student_max, student_total, teacher_max, teacher_total, hard_total):
+    """A slice's states; a total is NaN where logits held +inf or NaN."""
+    tl.store(to, student_max.to(tl.float64))
+    tl.store(to + 1, finite_max(student_max, student_total).to(tl.float64))
+    tl.store(to + 2, teacher_max.to(tl.float64))
+    tl.store(to + 3, finite_max(teacher_max, teacher_total).to(tl.float64))
+    tl.store(to + 4, finite_max(student_max, hard_total).to(tl.float64))
 
 
 @triton.jit
@@ -254,6 +267,8 @@ def distill_kernel(
     targets,  # (N,) where HARD
     upstream,  # () float32, (N,) where PER_ROW, or None
     denominator,  # () float32, or None: count
+    states,  # (N, 5) float64: student's max and total, teacher's, student's total at T = 1; None where not split
+    sums,  # (N, 2) float64: loss and aux
     count,
     ignore_index,
     teacher_count,
@@ -265,6 +280,7 @@ def distill_kernel(
     soft_slope,  # of d divergence / d (student / T)
     hard_weight,
     beta,
+    STAGE: tl.constexpr,  # of csrc/common/distill_args.h
     DIVERGENCE: tl.constexpr,
     MAP_NEEDS_SUMS: tl.constexpr,
     HARD: tl.constexpr,  # with a hard term
@@ -295,38 +311,50 @@ def distill_kernel(
         if HARD:
             target, target_logit = load_target(targets, row, student_row, vocab, ignore_index)
 
-        # Fold
-        student_max = tl.full((BLOCK // GROUP,), LOWEST, tl.float32)
-        teacher_max = tl.full((BLOCK // GROUP,), LOWEST, tl.float32)
-        student_sum = tl.zeros((BLOCK // GROUP,), tl.float32)
-        teacher_sum = tl.zeros((BLOCK // GROUP,), tl.float32)
-        hard_sum = tl.zeros((BLOCK // GROUP,), tl.float32)
-        student_best = tl.full((BLOCK,), -INFINITY, tl.float32)
-        teacher_best = tl.full((BLOCK,), -INFINITY, tl.float32)
-        student_first = lanes
-        teacher_first = lanes
-        for start in range(0, vocab, BLOCK):
-            columns = start + lanes
-            s = load_logits(student_row, columns, vocab, limit, RAGGED)
-            t = load_logits(teacher_row, columns, vocab, teacher_limit, RAGGED)
-            if HARD and WARM:
-                _, hard_sum = fold(student_max, hard_sum, s, 1.0, ALIGN, GROUP)
-            student_max, student_sum = fold(student_max, student_sum, s, inverse_temperature, ALIGN, GROUP)
-            teacher_max, teacher_sum = fold(teacher_max, teacher_sum, t, inverse_temperature, ALIGN, GROUP)
+        # Fold, unless an earlier call did
+        if STAGE == "whole" or STAGE == "fold":
+            student_max = tl.full((BLOCK // GROUP,), LOWEST, tl.float32)
+            teacher_max = tl.full((BLOCK // GROUP,), LOWEST, tl.float32)
+            student_sum = tl.zeros((BLOCK // GROUP,), tl.float32)
+            teacher_sum = tl.zeros((BLOCK // GROUP,), tl.float32)
+            hard_sum = tl.zeros((BLOCK // GROUP,), tl.float32)
+            student_best = tl.full((BLOCK,), -INFINITY, tl.float32)
+            teacher_best = tl.full((BLOCK,), -INFINITY, tl.float32)
+            student_first = lanes
+            teacher_first = lanes
+            for start in range(0, vocab, BLOCK):
+                columns = start + lanes
+                s = load_logits(student_row, columns, vocab, limit, RAGGED)
+                t = load_logits(teacher_row, columns, vocab, teacher_limit, RAGGED)
+                if HARD and WARM:
+                    _, hard_sum = fold(student_max, hard_sum, s, 1.0, ALIGN, GROUP)
+                student_max, student_sum = fold(student_max, student_sum, s, inverse_temperature, ALIGN, GROUP)
+                teacher_max, teacher_sum = fold(teacher_max, teacher_sum, t, inverse_temperature, ALIGN, GROUP)
+                if agreement is not None:
+                    student_best, student_first = lead(student_best, student_first, s, columns)
+                    teacher_best, teacher_first = lead(teacher_best, teacher_first, t, columns)
+            student_top = tl.max(student_max, 0)
+            teacher_top = tl.max(teacher_max, 0)
+            hard_sum = merge_states(student_max, hard_sum, student_top, 1.0)
+            student_sum = merge_states(student_max, student_sum, student_top, inverse_temperature)
+            teacher_sum = merge_states(teacher_max, teacher_sum, teacher_top, inverse_temperature)
+            if not WARM:
+                hard_sum = student_sum
+            if STAGE == "fold":  # a slice may hold nothing but -inf
+                store_states(states + 5 * row, student_top, student_sum, teacher_top, teacher_sum, hard_sum)
+            student_sum = checked(student_top, student_sum)
+            teacher_sum = checked(teacher_top, teacher_sum)
+            hard_sum = checked(student_top, hard_sum)
             if agreement is not None:
-                student_best, student_first = lead(student_best, student_first, s, columns)
-                teacher_best, teacher_first = lead(teacher_best, teacher_first, t, columns)
-        student_top = tl.max(student_max, 0)
-        teacher_top = tl.max(teacher_max, 0)
-        hard_sum = merge_checked(student_max, hard_sum, student_top, 1.0)
-        student_sum = merge_checked(student_max, student_sum, student_top, inverse_temperature)
-        teacher_sum = merge_checked(teacher_max, teacher_sum, teacher_top, inverse_temperature)
-        if not WARM:
-            hard_sum = student_sum
-        if agreement is not None:
-            agree = leader(student_best, student_first) == leader(teacher_best, teacher_first)
-            agree = agree & (student_sum == student_sum) & (teacher_sum == teacher_sum)
-            tl.store(agreement + row, agree.to(tl.uint8))
+                agree = leader(student_best, student_first) == leader(teacher_best, teacher_first)
+                agree = agree & (student_sum == student_sum) & (teacher_sum == teacher_sum)
+                tl.store(agreement + row, agree.to(tl.uint8))
+        else:
+            student_top = tl.load(states + 5 * row).to(tl.float32)
+            student_sum = tl.load(states + 5 * row + 1).to(tl.float32)
+            teacher_top = tl.load(states + 5 * row + 2).to(tl.float32)
+            teacher_sum = tl.load(states + 5 * row + 3).to(tl.float32)
+            hard_sum = tl.load(states + 5 * row + 4).to(tl.float32)
         pair = finish(student_top, student_sum, teacher_top, teacher_sum, inverse_temperature)
 
         # Sum
@@ -336,7 +364,10 @@ def distill_kernel(
         loss = 0.0
         aux = 0.0
         blocks = tl.cdiv(vocab, BLOCK)
-        if MAP_NEEDS_SUMS or gradient is None:
+        if STAGE == "map":
+            loss = tl.load(sums + 2 * row).to(tl.float32)
+            aux = tl.load(sums + 2 * row + 1).to(tl.float32)
+        elif MAP_NEEDS_SUMS or gradient is None:
             for i in range(blocks):
                 columns = (blocks - 1 - i) * BLOCK + lanes
                 s = load_logits(student_row, columns, vocab, limit, RAGGED)
@@ -350,6 +381,9 @@ def distill_kernel(
                     surprise += group_sum(part, ALIGN, GROUP)
             loss = tl.sum(losses, 0)
             aux = tl.sum(auxes, 0)
+        if STAGE == "sum":
+            tl.store(sums + 2 * row, loss.to(tl.float64))
+            tl.store(sums + 2 * row + 1, aux.to(tl.float64))
 
         # Map
         if gradient is not None:
@@ -380,13 +414,15 @@ def distill_kernel(
                 loss = tl.sum(losses, 0)
 
         if row_loss is not None:
-            result = soft_weight * loss
-            if HARD:
-                result = tl.where(soft_weight == 0.0, 0.0, result) + hard_weight * hard_loss(
-                    target, target_logit, student_top, hard_sum
-                )
-            if weight is not None:
-                result *= tl.load(weight + row)
+            result = loss
+            if STAGE == "whole":
+                result = soft_weight * loss
+                if HARD:
+                    result = tl.where(soft_weight == 0.0, 0.0, result) + hard_weight * hard_loss(
+                        target, target_logit, student_top, hard_sum
+                    )
+                if weight is not None:
+                    result *= tl.load(weight + row)
             tl.store(row_loss + row, result)
         if entropy is not None:
             tl.store(entropy + row, log_positive(student_sum) + tl.sum(surprise, 0))
@@ -695,6 +731,88 @@ def scatter_kernel(
         store_rounded(gradient_row + index, value, (index >= 0) & (index < vocab))
 
 
+# Rows without a set, of which the caller knows the categories: their states, and a gradient of two exponentials.
+
+
+@triton.jit(
+    do_not_specialize=[
+        *(f"{matrix}_{part}" for matrix in ("logits", "gradient") for part in ("inner", "outer", "stride")),
+        *("k", "vocab", "limit", "width"),
+    ]
+)
+def outside_kernel(
+    logits,  # (N, V) rows
+    logits_inner,
+    logits_outer,
+    logits_stride,
+    mask,  # (N,) or None
+    indices,  # (N, k) int64, ascending in each row; outside [0, vocab): none
+    states,  # (N, 3) float64: max and total over the entries outside, their total at T = 1; or None
+    exponentials,  # (N, 4) float64: a, m, b, n
+    gradient,  # (N, width) rows: a e^((x - m) / T) + b e^(x - n), or None; may be the logits
+    gradient_inner,
+    gradient_outer,
+    gradient_stride,
+    k,
+    vocab,
+    limit,
+    width,
+    inverse_temperature,
+    RAGGED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    limit = multiple(limit, ALIGN)
+    width = multiple(width, ALIGN)
+    logits_row = logits + row_start(row, logits_inner, logits_outer, logits_stride, ALIGN)
+    counted = row >= 0
+    if mask is not None:
+        counted = tl.load(mask + row) != 0
+    if states is not None:
+        best = tl.full((BLOCK // GROUP,), LOWEST, tl.float32)
+        total = tl.zeros((BLOCK // GROUP,), tl.float32)
+        hard_total = tl.zeros((BLOCK // GROUP,), tl.float32)
+        if counted:
+            place = row * k
+            last = place + k
+            member = tl.load(indices + place, mask=place < last, other=0x7FFFFFFF)
+            while (member < 0) & (place < last):
+                place += 1
+                member = tl.load(indices + place, mask=place < last, other=0x7FFFFFFF)
+            for start in range(0, vocab, BLOCK):
+                columns = start + lanes
+                x = load_logits(logits_row, columns, vocab, limit, RAGGED)
+                while member < start + BLOCK:
+                    x = tl.where(columns == member, -INFINITY, x)
+                    place += 1
+                    member = tl.load(indices + place, mask=place < last, other=0x7FFFFFFF)
+                _, hard_total = fold(best, hard_total, x, 1.0, ALIGN, GROUP)
+                best, total = fold(best, total, x, inverse_temperature, ALIGN, GROUP)
+        top = tl.max(best, 0)
+        total = merge_states(best, total, top, inverse_temperature)
+        hard_total = merge_states(best, hard_total, top, 1.0)
+        tl.store(states + 3 * row, top.to(tl.float64))
+        tl.store(states + 3 * row + 1, finite_max(top, total).to(tl.float64))
+        tl.store(states + 3 * row + 2, finite_max(top, hard_total).to(tl.float64))
+    if gradient is not None:
+        gradient_row = gradient + row_start(row, gradient_inner, gradient_outer, gradient_stride, ALIGN)
+        if counted:
+            a = tl.load(exponentials + 4 * row).to(tl.float32)
+            m = tl.load(exponentials + 4 * row + 1).to(tl.float32)
+            b = tl.load(exponentials + 4 * row + 2).to(tl.float32)
+            n = tl.load(exponentials + 4 * row + 3).to(tl.float32)
+            for start in range(0, width, BLOCK):
+                columns = start + lanes
+                x = load_logits(logits_row, columns, vocab, limit, RAGGED)
+                value = weigh(a, exp_scaled(x - m, inverse_temperature)) + weigh(b, exp_nonpositive(x - n))
+                store_rounded(gradient_row + columns, tl.where(columns < vocab, value, 0.0), columns < width)
+        else:
+            clear(gradient_row, width, BLOCK)
+
+
 # Top-k extraction. Entries are ordered by key: larger logits first, of equals the lower index. A block's lane
 # takes every BLOCK-th column, and the k largest entries stand in the k lanes whose largest entries have the
 # largest keys. So one walk folds the lanes; the states of all others are the tail; and of the k lanes, k * V
@@ -889,12 +1007,16 @@ def distill(
     gradient: Tensor | None,
     want_loss: bool,
     want_metrics: bool,
+    stage: str = "whole",
+    states: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> Results:
     """Divergence between softmax(teacher / T) and softmax(student / T) per row, plus the hard term.
 
     student (..., V_s) and teacher (..., V_t), of float32, bfloat16 or float16, are cut to their first
     ``options.vocab`` entries. ``gradient`` is of the student's shape and dtype, written in full, and may be
-    the student. Returns losses and metrics in float32.
+    the student. Returns losses and metrics in float32. ``stage``, ``states`` (N, 5) and ``sums`` (N, 2) are for rows
+    that are split, see csrc/common/distill_args.h.
     """
     check_dtype("student_logits", student)
     check_dtype("teacher_logits", teacher)
@@ -906,6 +1028,9 @@ def distill(
         **call.arguments,
         **row_arguments("teacher", call.teacher),
         teacher_count=call.teacher.count,
+        states=states,
+        sums=sums,
+        STAGE=stage,
         MAP_NEEDS_SUMS=_map_needs_sums(options.divergence),
     )
     return call.results()
@@ -964,6 +1089,61 @@ def topk_distill(
             vocab=options.vocab,
         )
     return call.results()
+
+
+def outside(
+    logits: Tensor,
+    mask: Tensor | None,
+    indices: Tensor,
+    vocab: int,
+    temperature: float,
+    *,
+    states: Tensor | None = None,
+    exponentials: Tensor | None = None,
+    values: Tensor | None = None,
+    gradient: Tensor | None = None,
+) -> None:
+    """Rows of logits (..., V) without the entries of ``indices`` (N, k), ascending in each row; those outside
+    [0, vocab) are none. Writes ``states`` (N, 3) of the rest, or the ``gradient`` a e^((x - m) / T) + b e^(x - n) by
+    ``exponentials`` (N, 4), with ``values`` (N, k) at the entries. Rows that ``mask`` leaves out are zeros.
+    """
+    source, count, k = rows(logits), indices.shape[0], indices.shape[1]
+    written = None if gradient is None else rows(gradient)
+    matrices = [source] + ([written] if written else [])
+    reading = access(vocab, [logits.shape[-1]], matrices, stored=written is not None)
+    per_program = threads(vocab * logits.element_size(), 512)
+    arguments: dict[str, Any] = {
+        **row_arguments("logits", source),
+        **row_arguments("gradient", written or Rows(logits, 0, 1, 0, 0)),
+        **reading,
+        "mask": None if mask is None else mask.view(torch.uint8),
+        "indices": indices,
+        "states": states,
+        "exponentials": exponentials,
+        "k": k,
+        "width": logits.shape[-1],
+        "inverse_temperature": 1.0 / temperature,
+        "GROUP": group_size(reading["ALIGN"], matrices),
+        "BLOCK": per_program * COLUMNS_PER_THREAD,
+    }
+    if written is None:
+        arguments["gradient"] = None
+    launch(outside_kernel, count, per_program // warp_size(logits.device), **arguments)
+    if written is not None and values is not None:
+        launch(
+            scatter_kernel,
+            count,
+            1,
+            **row_arguments("gradient", written),
+            **token_arguments(Tokens(mask=mask)),
+            entry_gradient=values,
+            indices=indices,
+            ignore_index=0,
+            teacher_count=count,
+            k=k,
+            vocab=vocab,
+            ENTRIES=triton.next_power_of_2(max(k, 16)),
+        )
 
 
 def topk(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,6 +26,7 @@ from pyalign._types import LogprobResults, Rows, rows
 
 from .common import (
     COLUMNS_PER_THREAD,
+    ELSEWHERE,
     INFINITY,
     LOWEST,
     access,
@@ -34,6 +35,7 @@ from .common import (
     clear,
     exp_nonpositive,
     exp_scaled,
+    finite_max,
     group_size,
     group_sum,
     grouped,
@@ -83,7 +85,7 @@ def raise_state(best, total, distance, top, inverse_temperature):
 @triton.jit(
     do_not_specialize=[
         *(f"{matrix}_{part}" for matrix in ("logits", "gradient") for part in ("inner", "outer", "stride")),
-        *("vocab", "ignore_index"),
+        *("vocab", "whole_vocab", "ignore_index"),
     ]
 )
 def logprob_kernel(
@@ -104,8 +106,10 @@ def logprob_kernel(
     entropy,  # (N,) float32, or None
     state,  # (N, 3) float32: max, sum, entropy; or None
     row_loss,  # (N,) float32, or None
+    sum_above,  # (N,) float32: sum (z - z_target), or None
     ignore_index,
     vocab,
+    whole_vocab,  # of all slices, where rows are split
     inverse_temperature,
     softcap,
     label_smoothing,
@@ -126,11 +130,12 @@ def logprob_kernel(
 
     target = tl.load(targets + row)
     if target != ignore_index:
-        # A target out of range is not read, and makes its row NaN.
-        known = (target >= 0) & (target < vocab)
+        # A target out of range is not read, and makes its row NaN. For one in another slice stands entry 0.
+        elsewhere = target == ELSEWHERE
+        known = ((target >= 0) & (target < vocab)) | elsewhere
         y_target = 0.0
         if logprob is not None or row_loss is not None:
-            y_target = tl.load(logits_row + target, mask=known, other=0.0).to(tl.float32)
+            y_target = tl.load(logits_row + tl.where(elsewhere, 0, target), mask=known, other=0.0).to(tl.float32)
             if SOFTCAP:
                 y_target = softcap * tanh_with_slope(y_target / softcap)[0]
 
@@ -139,7 +144,7 @@ def logprob_kernel(
         surprise = float("nan")
         if given_state is not None:
             top = tl.load(given_state + 3 * row)
-            total = tl.load(given_state + 3 * row + 1)
+            raw_total = tl.load(given_state + 3 * row + 1)
             if upstream_entropy is not None:
                 surprise = tl.load(given_state + 3 * row + 2)
         else:
@@ -164,9 +169,9 @@ def logprob_kernel(
                     aboves += group_sum(tl.where(columns < vocab, y - y_target, 0.0), ALIGN, GROUP)
             top = tl.max(best, 0)
             totals, distances = raise_state(best, totals, distances, top, inverse_temperature)
-            total = checked(top, tl.sum(totals, 0))
-            above = tl.sum(aboves, 0) * inverse_temperature / vocab
-        total = tl.where(known, total, float("nan"))
+            raw_total = finite_max(top, tl.sum(totals, 0))  # 0 where all is -inf, which a slice may be
+            above = tl.sum(aboves, 0) * inverse_temperature
+        total = tl.where(known, checked(top, raw_total), float("nan"))
 
         # Finish
         log_total = log_positive(total)
@@ -180,12 +185,14 @@ def logprob_kernel(
             tl.store(entropy + row, surprise)
         if state is not None:
             tl.store(state + 3 * row, top)
-            tl.store(state + 3 * row + 1, total)
+            tl.store(state + 3 * row + 1, tl.where(known, raw_total, float("nan")))
             tl.store(state + 3 * row + 2, surprise)
+        if sum_above is not None:
+            tl.store(sum_above + row, above)
         if row_loss is not None:
             loss = z_loss * (log_sum_exp * log_sum_exp) - log_q
             if SMOOTH:
-                loss -= label_smoothing * above
+                loss -= label_smoothing * above / vocab
             tl.store(row_loss + row, tl.where(log_q == -INFINITY, INFINITY, loss))
 
         # Map
@@ -197,7 +204,7 @@ def logprob_kernel(
                 slope_target = scale * (label_smoothing - 1.0)
                 slope_mass = scale * (1.0 + 2.0 * z_loss * log_sum_exp)
                 slope_surprise = 0.0
-                slope_all = -scale * label_smoothing / vocab
+                slope_all = -scale * label_smoothing / whole_vocab
             else:
                 slope_target = 0.0
                 slope_surprise = 0.0
@@ -229,6 +236,8 @@ def logprob_kernel(
             tl.store(state + 3 * row + 2, 0.0)
         if row_loss is not None:
             tl.store(row_loss + row, 0.0)
+        if sum_above is not None:
+            tl.store(sum_above + row, 0.0)
         if gradient is not None:
             clear(gradient_row, vocab, BLOCK)
 
@@ -294,6 +303,48 @@ def cross_entropy(
     return row_loss
 
 
+def logprob_slice(
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    temperature: float,
+    softcap: float | None,
+    want_entropy: bool,
+    want_above: bool,
+) -> tuple[LogprobResults, Tensor | None]:
+    """Of rows that are split: targets may be ELSEWHERE, for which entry 0 stands. Also (N,) sum (z - z_target)."""
+    count, device = targets.shape[0], logits.device
+    logprob = torch.empty(count, dtype=torch.float32, device=device)
+    entropy = torch.empty(count, dtype=torch.float32, device=device) if want_entropy else None
+    above = torch.empty(count, dtype=torch.float32, device=device) if want_above else None
+    state = torch.empty((count, 3), dtype=torch.float32, device=device)
+    _run(
+        logits, None, targets, ignore_index, temperature, softcap, logprob=logprob, entropy=entropy, state=state,
+        above=above,
+    )  # fmt: skip
+    return LogprobResults(logprob, entropy, state), above
+
+
+def cross_entropy_gradient(
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    state: Tensor,
+    factor: Tensor | None,
+    whole_vocab: int,
+    out: Tensor,
+) -> None:
+    """``factor`` times the gradient of ``cross_entropy`` over a slice of rows whose merged state is ``state``."""
+    _run(
+        logits, out, targets, ignore_index, 1.0, softcap, label_smoothing=label_smoothing, z_loss=z_loss, factor=factor,
+        given_state=state, row_loss=torch.empty(targets.shape[0], dtype=torch.float32, device=logits.device),
+        whole_vocab=whole_vocab,
+    )  # fmt: skip
+
+
 def _run(
     logits: Tensor,
     gradient: Tensor | None,
@@ -312,6 +363,8 @@ def _run(
     entropy: Tensor | None = None,
     state: Tensor | None = None,
     row_loss: Tensor | None = None,
+    above: Tensor | None = None,
+    whole_vocab: int | None = None,
 ) -> None:
     check_dtype("logits", logits)
     vocab = logits.shape[-1]
@@ -332,6 +385,8 @@ def _run(
         "entropy": entropy,
         "state": state,
         "row_loss": row_loss,
+        "sum_above": above,
+        "whole_vocab": whole_vocab or vocab,
         "ignore_index": ignore_index,
         "vocab": vocab,
         "inverse_temperature": 1.0 / temperature,
@@ -340,7 +395,7 @@ def _run(
         "z_loss": z_loss,
         "SOFTCAP": softcap is not None,
         "ENTROPY": entropy is not None or upstream_entropy is not None,
-        "SMOOTH": label_smoothing > 0.0,
+        "SMOOTH": label_smoothing > 0.0 or above is not None,
         "ALIGN": align,
         "GROUP": group_size(align, matrices),
         "BLOCK": per_program * COLUMNS_PER_THREAD,

@@ -4,7 +4,7 @@ Fused ranked-preference losses, logit-level KL distillation and batched pairwise
 kernels, after Askell et al. 2021, *A General Language Assistant as a Laboratory for Alignment* (arXiv 2112.00861).
 """
 
-from pyalign import distill, logprob, nn, ranking, scoring
+from pyalign import distill, distributed, logprob, nn, ranking, scoring
 from pyalign._backends import backend
 from pyalign._version import __version__
 from pyalign.distill import (
@@ -53,6 +53,7 @@ __all__ = [
     "cpo_loss",
     "distill",
     "distillation_loss",
+    "distributed",
     "dpo_loss",
     "expected_win_rates",
     "kto_loss",

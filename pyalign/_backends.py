@@ -97,10 +97,13 @@ def _triton_refusal(device_type: str) -> str:
     return ""
 
 
-def refusal(name: str, device: torch.device, dtype: torch.dtype, k: int = 0, wide: bool = False) -> str:
+def refusal(
+    name: str, device: torch.device, dtype: torch.dtype, k: int = 0, wide: bool = False, split: bool = False
+) -> str:
     """Why backend ``name`` can't serve logits of this device and dtype; empty if it can.
 
-    ``k`` and ``wide`` are for the extraction of the ``k`` largest logits of rows, longer than TRITON_TOPK_VOCAB or not.
+    ``k`` and ``wide`` are for the extraction of the ``k`` largest logits of rows, longer than TRITON_TOPK_VOCAB or not;
+    ``split`` is for rows of which every rank of a process group holds a slice.
     """
     if name == "reference":
         return ""
@@ -115,7 +118,7 @@ def refusal(name: str, device: torch.device, dtype: torch.dtype, k: int = 0, wid
     if name == "cuda":
         if device.type != "cuda" or torch.version.hip is not None:
             return f"the tensors are on {'hip' if torch.version.hip else device.type}"
-        return _cuda_refusal(device.index or 0)
+        return "they take whole rows, not a vocabulary that is split" if split else _cuda_refusal(device.index or 0)
     if device.type not in ("cpu", "cuda", "xpu"):
         return f"the tensors are on {device.type}"
     if wide:
@@ -132,15 +135,15 @@ def _reader() -> Callable[[str], str | None]:
 
 def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     """The backend for these tensors, and why."""
-    return _decide(_forced.get(), _reader()("PYALIGN_BACKEND"), device, dtype, 0, False)
+    return _decide(_forced.get(), _reader()("PYALIGN_BACKEND"), device, dtype, 0, False, False)
 
 
 @torch.compiler.assume_constant_result
-def choose_name(device: torch.device, dtype: torch.dtype, k: int = 0, wide: bool = False) -> str:
+def choose_name(device: torch.device, dtype: torch.dtype, k: int = 0, wide: bool = False, split: bool = False) -> str:
     """The backend's name; while torch.compile traces, it is a constant of the graph. Warns, once for each kind of call,
     where plain torch stands in for kernels that should be there."""
     variable = _reader()("PYALIGN_BACKEND")
-    choice = _decide(_forced.get(), variable, device, dtype, k, wide)
+    choice = _decide(_forced.get(), variable, device, dtype, k, wide, split)
     if choice.warning and choice.warning not in _warned:
         _warned.add(choice.warning)
         warnings.warn(choice.warning, RuntimeWarning, stacklevel=3)
@@ -149,19 +152,25 @@ def choose_name(device: torch.device, dtype: torch.dtype, k: int = 0, wide: bool
 
 @functools.cache
 def _decide(
-    forced: str | None, variable: str | None, device: torch.device, dtype: torch.dtype, k: int, wide: bool
+    forced: str | None,
+    variable: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    k: int,
+    wide: bool,
+    split: bool,
 ) -> Choice:
     source = "pyalign.backend"
     if forced is None:
         forced, source = _known(variable or None, "PYALIGN_BACKEND"), "PYALIGN_BACKEND"
     if forced is not None:
-        why_not = refusal(forced, device, dtype, k, wide)
+        why_not = refusal(forced, device, dtype, k, wide, split)
         if why_not:
             raise RuntimeError(f"backend {forced!r}, forced by {source}, can't serve this call: {why_not}")
         return Choice(forced, f"forced by {source}")
     reasons: list[str] = []
     for name in {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device.type, ()):
-        why_not = refusal(name, device, dtype, k, wide)
+        why_not = refusal(name, device, dtype, k, wide, split)
         if not why_not:
             return Choice(name, "; ".join([f"default on {device.type}", *reasons]))
         reasons.append(f"not {name}: {why_not}")

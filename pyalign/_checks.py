@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyalign._linear import Settings
+from pyalign._shards import Shards
 from pyalign._types import REDUCTIONS, Tokens, accumulation_dtype
 
 _FLOATING = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
@@ -79,11 +80,6 @@ def softcap(name: str, value: float | None) -> float | None:
     return float(value)
 
 
-def no_process_group(process_group: object) -> None:
-    if process_group is not None:
-        raise NotImplementedError("process_group: vocabulary-parallel losses are not available in this release")
-
-
 def denominator(num_items: int | Tensor | None, reduction: str, dtype: torch.dtype, like: Tensor) -> Tensor | None:
     """``num_items`` as a 0-dim tensor that the host never reads."""
     if num_items is None:
@@ -104,12 +100,14 @@ def denominator(num_items: int | Tensor | None, reduction: str, dtype: torch.dty
 
 
 def projection(
-    prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, autocast: bool
-) -> None:
-    """Checks logits = softcap(hidden @ weight.T + bias); ``prefix`` is that of the arguments' names."""
+    prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, autocast: bool,
+    split: bool = False,
+) -> None:  # fmt: skip
+    """Checks logits = softcap(hidden @ weight.T + bias); ``prefix`` is that of the arguments' names. Of a vocabulary
+    that is ``split`` a rank may hold nothing."""
     floating(prefix + "hidden", hidden, 1)
     floating(prefix + "weight", weight, 1)
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or 0 in weight.shape:
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or 0 in weight.shape[split:]:
         wanted = f"(V, {hidden.shape[-1]}), a row for each of V > 0 entries, as long as {prefix}hidden's"
         refuse(prefix + "weight", f"shape {tuple(weight.shape)}", wanted)
     _same_place(prefix + "weight", weight, prefix + "hidden", hidden)
@@ -150,6 +148,7 @@ def linear_settings(
     num_valid: int | None,
     logits_dtype: torch.dtype | None,
     gemm_dtype: torch.dtype | None,
+    shards: Shards | None,
     *hidden: Tensor,
 ) -> Settings:
     """How logits are computed, ``hidden`` being the student's and, if there is one, the teacher's hidden states."""
@@ -162,7 +161,8 @@ def linear_settings(
         if products != {logits_dtype} or logits_dtype.itemsize != 2:
             given = " and ".join(sorted(str(x) for x in products))
             refuse("logits_dtype", logits_dtype, f"{wide}, or the 16-bit dtype of all products (here {given})")
-    return Settings(workspace_bytes, num_valid, gemm_dtype, logits_dtype or wide)
+    group, sizes = (None, None) if shards is None else (shards.group, shards.sizes)
+    return Settings(workspace_bytes, num_valid, gemm_dtype, logits_dtype or wide, group, sizes)
 
 
 def tokens(

@@ -26,6 +26,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from pyalign._shards import Shards, agree, of_group, sum_over
 from pyalign._types import accumulation_dtype
 
 ALIGNMENT = 64  # bytes
@@ -59,6 +60,13 @@ class Settings(NamedTuple):
     num_valid: int | None  # at least as many as the tokens that count
     gemm_dtype: torch.dtype | None  # of the operands of products; None: their own
     logits_dtype: torch.dtype  # of the chunks
+    group: str | None = None  # the process group that the vocabulary is split over, by name
+    sizes: tuple[int, ...] | None = None  # the entries of each of its ranks
+    saved: Tensor | None = None  # (N, w) float64: what a forward pass over ranks learnt, for the gradient
+
+    @property
+    def shards(self) -> Shards | None:
+        return None if self.group is None or self.sizes is None else of_group(self.group, tuple(self.sizes))
 
 
 class Wanted(NamedTuple):
@@ -160,11 +168,14 @@ def available_memory(device: torch.device) -> int:
     return 1 << 32
 
 
-def chunk_rows(layout: Layout, count: int, workspace_bytes: int | None, device: torch.device) -> int:
+def chunk_rows(
+    layout: Layout, count: int, workspace_bytes: int | None, device: torch.device, alone: bool = True
+) -> int:
     """Tokens per chunk, the same for all but the last.
 
     Without ``workspace_bytes``, as many as are enough, halved until the chunk is a quarter of the available memory or
-    the least: so the same call gives the same bits unless memory is short.
+    the least: so the same call gives the same bits unless memory is short. (Ranks that share a vocabulary and not
+    ``alone`` don't look at their memory: their chunks must be the same.)
 
     Raises:
         ValueError: ``workspace_bytes`` doesn't hold the smallest chunk.
@@ -173,7 +184,7 @@ def chunk_rows(layout: Layout, count: int, workspace_bytes: int | None, device: 
     least = min(count, _LEAST_ROWS.get(device.type, _GPU_LEAST_ROWS))
     if workspace_bytes is None:
         most = min(count, _ENOUGH_ROWS.get(device.type, _GPU_ENOUGH_ROWS))
-        while most > least and layout.bytes(most) > available_memory(device) // 4:
+        while alone and most > least and layout.bytes(most) > available_memory(device) // 4:
             most = max(most // 2, least)
     else:
         if layout.bytes(least) > workspace_bytes:
@@ -188,6 +199,29 @@ def chunk_rows(layout: Layout, count: int, workspace_bytes: int | None, device: 
     chunks = -(-count // most)
     even = -(-count // chunks)
     return min(most, -(-even // 16) * 16)
+
+
+def shared_chunk_rows(
+    layout: Layout, count: int, workspace_bytes: int | None, device: torch.device, shards: Shards
+) -> int:
+    """``chunk_rows`` of which all ranks have the same.
+
+    Slices of one size need no words. Else the least of all ranks' is taken, which the host waits for; where a workspace
+    is too small for one rank's slice, all ranks raise.
+    """
+    if len(set(shards.sizes)) == 1:
+        return chunk_rows(layout, count, workspace_bytes, device, alone=False)
+    error, chunk = None, 0
+    try:
+        chunk = chunk_rows(layout, count, workspace_bytes, device, alone=False)
+    except ValueError as too_small:
+        error = too_small
+    chunk = agree(chunk, shards, device)
+    if error is not None:
+        raise error
+    if chunk == 0:
+        raise ValueError(f"workspace_bytes: got {workspace_bytes}; wanted more, by what another rank says")
+    return chunk
 
 
 # Matrix products
@@ -259,7 +293,7 @@ class Products:
         converts = self.weight.dtype != self.dtype
         narrow = self.dtype.itemsize == 2
         tiled = converts or (narrow and not (self.wide and self.logits_dtype == self.dtype))
-        self.tile = min(_TILE.get(device.type, _GPU_TILE), self.vocab) if tiled else max(self.vocab, 1)
+        self.tile = max(min(_TILE.get(device.type, _GPU_TILE), self.vocab) if tiled else self.vocab, 1)
         self.whole = not converts and self.logits_dtype == self.dtype  # only the weight's gradient is tiled, if any is
         tiled = self.tile < self.vocab and not self.whole
         self.hidden_dtype = self.sum_dtype if tiled else self.dtype  # of a chunk's gradient
@@ -319,7 +353,7 @@ class Products:
         logits = buffers.take(self.prefix + "logits", count, self.vocab)
         bias = None if self.bias is None else self.bias.to(self.logits_dtype)
         same = self.logits_dtype == self.dtype
-        for columns, weight in self._tiles(buffers, self.vocab if self.whole else self.tile):
+        for columns, weight in self._tiles(buffers, max(self.vocab, 1) if self.whole else self.tile):
             out = logits[:, columns]
             if same and bias is not None:
                 torch.addmm(bias[columns], rows, weight.t(), out=out)
@@ -451,7 +485,8 @@ def run(
 ) -> Outcome:
     """Runs ``loss`` over the logits of ``head``, chunk by chunk, and sums up the gradients.
 
-    ``head.weight`` may be longer than its vocabulary ever gets: callers cut it, and fill up its gradient.
+    ``head.weight`` may be longer than its vocabulary ever gets: callers cut it, and fill up its gradient. Where it is
+    a slice of a vocabulary that is split, the gradient of the hidden states is that of all slices.
     """
     device, count = head.hidden.device, head.hidden.shape[0]
     tokens = selection_of(counted, count, settings.num_valid, device)
@@ -460,7 +495,11 @@ def run(
     products.reserve(layout, gathers)
     loss.reserve(layout, gathers)
     total = tokens.end
-    chunk = chunk_rows(layout, total, settings.workspace_bytes, device)
+    shards = settings.shards
+    if shards is None:
+        chunk = chunk_rows(layout, total, settings.workspace_bytes, device)
+    else:
+        chunk = shared_chunk_rows(layout, total, settings.workspace_bytes, device, shards)
 
     # What no chunk writes: results and gradients of tokens that don't count are 0, and so are gradients of no tokens.
     # Should more tokens count than num_valid says, those left out are NaN.
@@ -470,7 +509,8 @@ def run(
             x.masked_fill_(tokens.mask, math.nan if x.is_floating_point() else 0)
     hidden_gradient = weight_sum = bias_sum = None
     if wanted.hidden:
-        hidden_gradient = torch.empty(head.hidden.shape, dtype=head.hidden.dtype, device=device)
+        dtype = head.hidden.dtype if shards is None else products.sum_dtype  # slices' gradients are added unrounded
+        hidden_gradient = torch.empty(head.hidden.shape, dtype=dtype, device=device)
         if tokens.index is not None or not total:
             hidden_gradient.zero_()
     if wanted.weight:
@@ -481,6 +521,8 @@ def run(
         for x in (weight_sum, bias_sum):
             if x is not None:
                 x.zero_()
+        if hidden_gradient is not None:
+            hidden_gradient = hidden_gradient.to(head.hidden.dtype)
         return Outcome(results, hidden_gradient, weight_sum, bias_sum)
 
     buffers = layout.allocate(chunk, device)
@@ -499,6 +541,8 @@ def run(
         if of_rows is not None:
             assert hidden_gradient is not None
             part.put(hidden_gradient, of_rows)
+    if hidden_gradient is not None and shards is not None:
+        hidden_gradient = sum_over(hidden_gradient, shards).to(head.hidden.dtype)
     return Outcome(results, hidden_gradient, weight_sum, bias_sum)
 
 

@@ -164,6 +164,7 @@ class _Engine(Module):
         gradient: Tensor | None,
         want_loss: bool,
         want_metrics: bool,
+        *more: tuple[Any, ...],
     ) -> Results:
         count = student.shape[:-1].numel()
         outputs = _Outputs(student, count, tokens, want_loss, want_metrics)
@@ -191,6 +192,7 @@ class _Engine(Module):
             ),
             (gradient_rows, student.shape[-1], *outputs.pointers()),
             _options(options),
+            *more,
         )
         return outputs.results()
 
@@ -211,7 +213,79 @@ class _Engine(Module):
         self._call("scale", x.device, matrix, count, width, factor.data_ptr())
 
 
+STAGES = ("whole", "fold", "sum", "map")  # csrc/common/distill_args.h
+
+
 class _Cpu(OnCpu, _Engine):
+    def distill(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        tokens: Tokens,
+        options: Options,
+        *,
+        gradient: Tensor | None,
+        want_loss: bool,
+        want_metrics: bool,
+        stage: str = "whole",
+        states: Tensor | None = None,
+        sums: Tensor | None = None,
+    ) -> Results:
+        """``stage``, ``states`` (N, 5) and ``sums`` (N, 2), float64, are for split rows, see distill_args.h."""
+        if stage == "whole":
+            return super().distill(
+                student, teacher, tokens, options, gradient=gradient, want_loss=want_loss, want_metrics=want_metrics
+            )
+        teacher, teacher_rows = row_pointers(teacher)
+        teacher_count = teacher.shape[:-1].numel()
+        split = (STAGES.index(stage), pointer(states), pointer(sums))
+        return self._loss(
+            "split_distill",
+            student,
+            (teacher_rows,),
+            teacher_count,
+            tokens,
+            options,
+            gradient,
+            want_loss,
+            want_metrics,
+            split,
+        )
+
+    def outside(
+        self,
+        logits: Tensor,
+        mask: Tensor | None,
+        indices: Tensor,
+        vocab: int,
+        temperature: float,
+        *,
+        states: Tensor | None = None,
+        exponentials: Tensor | None = None,
+        values: Tensor | None = None,
+        gradient: Tensor | None = None,
+    ) -> None:
+        """Rows of logits (..., V) without the entries of ``indices`` (N, k), ascending in each row; those outside
+        [0, vocab) are none. Writes ``states`` (N, 3) of the rest, or the ``gradient`` a e^((x - m) / T) + b e^(x - n)
+        by ``exponentials`` (N, 4), with ``values`` (N, k) at the entries; float64, contiguous. Rows that ``mask``
+        leaves out are zeros.
+        """
+        count, k = indices.shape
+        in_place, width = gradient is logits, logits.shape[-1]
+        logits, logit_rows = row_pointers(logits)
+        gradient_rows = (0, 0, 1, 0, 0)
+        if gradient is not None:
+            gradient_rows = logit_rows if in_place else row_pointers(gradient)[1]
+        self._call(
+            "outside",
+            logits.device,
+            logit_rows,
+            (count, vocab, k, pointer(mask), indices.data_ptr(), temperature),
+            tuple(map(pointer, (states, exponentials, values))),
+            gradient_rows,
+            width,
+        )
+
     def widen(self, out: Tensor, a: Tensor, b: Tensor | None, add: bool) -> None:
         """out = a [+ b] [+ out], summed in float32; ``a`` and ``b`` are dense, of a 16-bit dtype."""
         (count, width), matrix = out.shape, row_pointers(out)[1]

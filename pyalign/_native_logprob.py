@@ -78,6 +78,49 @@ class _Engine(Module):
         self._run(logits, out, targets, ignore_index, options, factor=factor, row_loss=loss)
         return loss
 
+    def logprob_slice(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        ignore_index: int,
+        temperature: float,
+        softcap: float | None,
+        want_entropy: bool,
+        want_above: bool,
+    ) -> tuple[LogprobResults, Tensor | None]:
+        """Of rows that are split: targets may be ELSEWHERE, for which entry 0 stands. Also (N,) sum (z - z_target)."""
+        count, dtype = targets.shape[0], accumulation_dtype(logits.dtype)
+        logprob = torch.empty(count, dtype=dtype, device=logits.device)
+        entropy = torch.empty(count, dtype=dtype, device=logits.device) if want_entropy else None
+        above = torch.empty(count, dtype=dtype, device=logits.device) if want_above else None
+        state = torch.empty(count, 3, dtype=dtype, device=logits.device)
+        self._run(
+            logits, None, targets, ignore_index, (temperature, softcap or 0.0), logprob=logprob, entropy=entropy,
+            state=state, above=above,
+        )  # fmt: skip
+        return LogprobResults(logprob, entropy, state), above
+
+    def cross_entropy_gradient(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        ignore_index: int,
+        label_smoothing: float,
+        z_loss: float,
+        softcap: float | None,
+        state: Tensor,
+        factor: Tensor | None,
+        whole_vocab: int,
+        out: Tensor,
+    ) -> None:
+        """``factor`` times the gradient of ``cross_entropy`` over a slice of rows whose merged state is ``state``."""
+        unused = torch.empty(targets.shape[0], dtype=accumulation_dtype(logits.dtype), device=logits.device)
+        options = (1.0, softcap or 0.0, label_smoothing, z_loss)
+        self._run(
+            logits, out, targets, ignore_index, options, given_state=state, factor=factor, row_loss=unused,
+            whole_vocab=whole_vocab,
+        )  # fmt: skip
+
     def _run(
         self,
         logits: Tensor,
@@ -94,6 +137,8 @@ class _Engine(Module):
         entropy: Tensor | None = None,
         state: Tensor | None = None,
         row_loss: Tensor | None = None,
+        above: Tensor | None = None,
+        whole_vocab: int | None = None,
     ) -> None:
         count, vocab = targets.shape[0], logits.shape[-1]
         if count == 0:
@@ -115,8 +160,8 @@ class _Engine(Module):
                 ignore_index,
                 *map(pointer, (given_state, upstream_logprob, upstream_entropy, factor)),
             ),
-            (vocab, temperature, softcap, label_smoothing, z_loss),
-            tuple(map(pointer, (logprob, entropy, state, row_loss))),
+            (vocab, temperature, softcap, label_smoothing, z_loss, whole_vocab or vocab),
+            tuple(map(pointer, (logprob, entropy, state, row_loss, above))),
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead  # pyright: ignore[reportMissingModuleSource]
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
@@ -312,6 +313,14 @@ def unwatched(*tensors: Tensor | None) -> bool:
         if type(x) not in _PLAIN:
             return False
     return True
+
+
+def saved_tensors(ctx: Any) -> tuple[Any, ...]:
+    """What a traced forward saved, without the wrappers that a finished transform of torch.func leaves around tensors.
+    The function that vjp returns runs then, and a kernel called without torch's dispatcher would meet them."""
+    if torch.compiler.is_compiling():
+        return ctx.saved_tensors
+    return tuple(None if x is None else unwrap_if_dead(x) for x in ctx.saved_tensors)
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))

@@ -19,6 +19,7 @@ from pyalign._backends import engine as distill_engine
 from pyalign._linear import Buffers, Layout, Products, Projection, Selection, Settings, Wanted, cut
 from pyalign._ops import FirstOrderOnly, define, functorch_is_active, refuse_forward_mode
 from pyalign._ops_logprob import engine
+from pyalign._split import SplitEngine, saved_width
 from pyalign._types import Options, Tokens, accumulation_dtype
 from pyalign.reference import distill as _reference
 
@@ -30,7 +31,10 @@ _TOKENS = (
     "Tensor? upstream, int ignore_index, str reduction"
 )
 _OPTIONS = "int vocab, str divergence, float beta, float temperature, bool temperature_squared, float hard_weight"
-_SETTINGS = "int? workspace_bytes, int? num_valid, ScalarType? gemm_dtype, ScalarType logits_dtype"
+_SETTINGS = (
+    "int? workspace_bytes, int? num_valid, ScalarType? gemm_dtype, ScalarType logits_dtype, "
+    "str? group, int[]? sizes, Tensor? saved"
+)
 _WANTED = "bool want_loss, bool want_hidden, bool want_weight, bool want_bias, bool want_extra, str backend"
 
 
@@ -241,6 +245,29 @@ class _Parsed(NamedTuple):
     want_extra: bool
     backend: str
 
+    def record(self, width: int) -> Tensor | None:
+        """Where a forward pass over a vocabulary that is split leaves what its gradient will need."""
+        if self.settings.group is None or not self.wanted.loss:
+            return None
+        hidden = self.head.hidden
+        return hidden.new_zeros((hidden.shape[0], width), dtype=torch.float64)
+
+    def engine(self, whole: Callable[[str], Any], record: Tensor | None) -> Any:
+        """The backend's, or over rows that are split the one that asks the other ranks."""
+        shards = self.settings.shards
+        if shards is None:
+            return whole(self.backend)
+        return SplitEngine(self.backend, shards, record=record, saved=self.settings.saved)
+
+    def cut(self, vocab: int) -> int:
+        """Of the first ``vocab`` entries those of this rank."""
+        shards = self.settings.shards
+        return vocab if shards is None else shards.cut(vocab).sizes[shards.rank]
+
+    def vocab(self) -> int:
+        shards = self.settings.shards
+        return self.head.weight.shape[0] if shards is None else shards.vocab
+
 
 def _parse(arguments: tuple[Any, ...]) -> _Parsed:
     head, rest = Projection(*arguments[:4]), arguments[4:]
@@ -250,19 +277,27 @@ def _parse(arguments: tuple[Any, ...]) -> _Parsed:
     return _Parsed(head, tuple(loss), settings, wanted, want_extra, backend)
 
 
-def _outputs(parsed: _Parsed, loss: Tensor | None, outcome: _linear.Outcome, extras: list[Tensor]) -> list[Tensor]:
+def _outputs(
+    parsed: _Parsed, loss: Tensor | None, outcome: _linear.Outcome, extras: list[Tensor], record: Tensor | None
+) -> list[Tensor]:
     head = parsed.head
     gradients = (
         outcome.hidden,
         _linear.finish_gradient(outcome.weight, head.weight),
         None if head.bias is None else _linear.finish_gradient(outcome.bias, head.bias),
     )
-    return [x for x in (loss, *gradients, *extras) if x is not None]
+    return [x for x in (loss, *gradients, *extras, record) if x is not None]
 
 
 def _fake_gradients(parsed: _Parsed) -> list[Tensor]:
     operands = zip(parsed.head[:3], parsed.wanted[1:], strict=True)
     return [x.new_empty(x.shape) for x, wanted in operands if wanted and x is not None]
+
+
+def _distillation_width(parsed: _Parsed, top_k: bool) -> int:
+    """Numbers per token in ``record``."""
+    hard_weight = parsed.loss[-1]
+    return saved_width("topk_distill", parsed.loss[1].shape[-1], hard_weight > 0) if top_k else saved_width("distill")
 
 
 def _distillation(arguments: tuple[Any, ...], top_k: bool) -> list[Tensor]:
@@ -276,6 +311,8 @@ def _distillation(arguments: tuple[Any, ...], top_k: bool) -> list[Tensor]:
     denominator = _denominator(tokens, counted, hidden)
     factor = _factor(tokens.upstream, denominator, hidden)
     _check_indices(tokens, counted, options, teacher[0].shape[0])
+    record = parsed.record(_distillation_width(parsed, top_k))
+    engine = parsed.engine(distill_engine, record)
     loss: _Distill | _TopKDistill
     shared = (tokens, options, factor, parsed.want_extra)
     if top_k:
@@ -283,19 +320,19 @@ def _distillation(arguments: tuple[Any, ...], top_k: bool) -> list[Tensor]:
         _check_entries(indices, tokens, counted, options.vocab)
         residual = None if residual is None else residual.contiguous()
         stored = (logprobs.contiguous(), indices.contiguous(), residual, tail)
-        loss = _TopKDistill(distill_engine(parsed.backend), stored, *shared)
+        loss = _TopKDistill(engine, stored, *shared)
     else:
-        side = cut(Projection(*teacher), options.vocab)
+        side = cut(Projection(*teacher), parsed.cut(options.vocab))
         if side.hidden.shape[0] == 0:  # no row can be matched
             side = side._replace(hidden=side.hidden.new_zeros(1, side.hidden.shape[1]))
         loss = _Distill(
-            distill_engine(parsed.backend),
+            engine,
             Products(side, parsed.settings, "teacher_", None, _widen(parsed.backend)),
             *shared,
         )
     dtype = accumulation_dtype(parsed.settings.logits_dtype)
     outcome = _linear.run(
-        cut(head, options.vocab),
+        cut(head, parsed.cut(options.vocab)),
         loss,
         counted,
         parsed.settings,
@@ -305,10 +342,10 @@ def _distillation(arguments: tuple[Any, ...], top_k: bool) -> list[Tensor]:
     )
     row_loss, entropy, agreement = outcome.results
     total = _reduce(row_loss, tokens.reduction, denominator) if parsed.wanted.loss else None
-    return _outputs(parsed, total, outcome, [entropy, agreement] if parsed.want_extra else [])
+    return _outputs(parsed, total, outcome, [entropy, agreement] if parsed.want_extra else [], record)
 
 
-def _distillation_fake(arguments: tuple[Any, ...]) -> list[Tensor]:
+def _distillation_fake(arguments: tuple[Any, ...], top_k: bool) -> list[Tensor]:
     parsed = _parse(arguments)
     hidden, dtype = parsed.head.hidden, accumulation_dtype(parsed.settings.logits_dtype)
     reduction = parsed.loss[4 + len(Tokens._fields) - 1]
@@ -317,7 +354,12 @@ def _distillation_fake(arguments: tuple[Any, ...]) -> list[Tensor]:
     results += _fake_gradients(parsed)
     if parsed.want_extra:
         results += [hidden.new_empty(count, dtype=dtype), hidden.new_empty(count, dtype=torch.bool)]
-    return results
+    return results + _fake_record(parsed, _distillation_width(parsed, top_k))
+
+
+def _fake_record(parsed: _Parsed, width: int) -> list[Tensor]:
+    record = parsed.record(width)
+    return [] if record is None else [record]
 
 
 def _cross_entropy(arguments: tuple[Any, ...]) -> list[Tensor]:
@@ -326,16 +368,17 @@ def _cross_entropy(arguments: tuple[Any, ...]) -> list[Tensor]:
     targets, num_items, upstream, ignore_index, label_smoothing, z_loss, reduction = parsed.loss
     counted = targets != ignore_index
     if targets.device.type == "cpu":
-        _reference.checked_index("targets", targets, head.weight.shape[0], counted)
+        _reference.checked_index("targets", targets, parsed.vocab(), counted)
     denominator = _denominator(Tokens(num_items=num_items, reduction=reduction), counted, head.hidden)
     factor = _factor(upstream, denominator, head.hidden)
-    rows = engine(parsed.backend)
+    record = parsed.record(saved_width("logprob"))
+    rows = parsed.engine(engine, record)
     loss = _CrossEntropy(rows, targets, ignore_index, label_smoothing, z_loss, head.softcap, factor)
     dtype = accumulation_dtype(parsed.settings.logits_dtype)
     bare = head._replace(softcap=None)
     outcome = _linear.run(bare, loss, counted, parsed.settings, parsed.wanted, [dtype], _widen(parsed.backend))
     total = _reduce(outcome.results[0], reduction, denominator) if parsed.wanted.loss else None
-    return _outputs(parsed, total, outcome, [])
+    return _outputs(parsed, total, outcome, [], record)
 
 
 def _cross_entropy_fake(arguments: tuple[Any, ...]) -> list[Tensor]:
@@ -343,7 +386,7 @@ def _cross_entropy_fake(arguments: tuple[Any, ...]) -> list[Tensor]:
     hidden, dtype = parsed.head.hidden, accumulation_dtype(parsed.settings.logits_dtype)
     shape = (hidden.shape[0],) if parsed.loss[-1] == "none" else ()
     loss = [hidden.new_empty(shape, dtype=dtype)] if parsed.wanted.loss else []
-    return loss + _fake_gradients(parsed)
+    return loss + _fake_gradients(parsed) + _fake_record(parsed, saved_width("logprob"))
 
 
 def _logprobs(arguments: tuple[Any, ...]) -> list[Tensor]:
@@ -352,15 +395,17 @@ def _logprobs(arguments: tuple[Any, ...]) -> list[Tensor]:
     targets, upstream_logprob, upstream_entropy, ignore_index, temperature = parsed.loss
     counted = targets != ignore_index
     if targets.device.type == "cpu":
-        _reference.checked_index("targets", targets, head.weight.shape[0], counted)
+        _reference.checked_index("targets", targets, parsed.vocab(), counted)
     upstreams = (upstream_logprob, upstream_entropy)
-    rows = engine(parsed.backend)
+    record = parsed.record(saved_width("logprob"))
+    rows = parsed.engine(engine, record)
     loss = _Logprob(rows, targets, ignore_index, temperature, head.softcap, upstreams, parsed.want_extra)
     dtype = accumulation_dtype(parsed.settings.logits_dtype)
     bare = head._replace(softcap=None)
     outcome = _linear.run(bare, loss, counted, parsed.settings, parsed.wanted, [dtype, dtype], _widen(parsed.backend))
     logprob, entropy = outcome.results
-    return _outputs(parsed, logprob if parsed.wanted.loss else None, outcome, [entropy] if parsed.want_extra else [])
+    extra = [entropy] if parsed.want_extra else []
+    return _outputs(parsed, logprob if parsed.wanted.loss else None, outcome, extra, record)
 
 
 def _logprobs_fake(arguments: tuple[Any, ...]) -> list[Tensor]:
@@ -368,7 +413,8 @@ def _logprobs_fake(arguments: tuple[Any, ...]) -> list[Tensor]:
     hidden, dtype = parsed.head.hidden, accumulation_dtype(parsed.settings.logits_dtype)
     logprob, entropy = (hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(2))
     loss = [logprob] if parsed.wanted.loss else []
-    return loss + _fake_gradients(parsed) + ([entropy] if parsed.want_extra else [])
+    extra = [entropy] if parsed.want_extra else []
+    return loss + _fake_gradients(parsed) + extra + _fake_record(parsed, saved_width("logprob"))
 
 
 _Body = Callable[[tuple[Any, ...]], list[Tensor]]
@@ -388,12 +434,12 @@ def _define(signature: str, body: _Body, fake: _Body) -> None:
 _define(
     f"linear_distill({_HEAD}, {_TEACHER_HEAD}, {_TOKENS}, {_OPTIONS}, {_SETTINGS}, {_WANTED}) -> Tensor[]",
     lambda arguments: _distillation(arguments, top_k=False),
-    _distillation_fake,
+    lambda arguments: _distillation_fake(arguments, top_k=False),
 )
 _define(
     f"linear_topk_distill({_HEAD}, {_TEACHER_TOP_K}, {_TOKENS}, {_OPTIONS}, {_SETTINGS}, {_WANTED}) -> Tensor[]",
     lambda arguments: _distillation(arguments, top_k=True),
-    _distillation_fake,
+    lambda arguments: _distillation_fake(arguments, top_k=True),
 )
 _define(
     f"linear_cross_entropy({_HEAD}, Tensor targets, Tensor? num_items, Tensor? upstream, int ignore_index, "
@@ -427,8 +473,16 @@ class Call(NamedTuple):
         op = getattr(torch.ops.pyalign, self.name)
         return op(*operands, *arguments, *wanted, self.backend)
 
+    @property
+    def split(self) -> bool:
+        """Whether a forward pass returns, last, what the gradients need of the other ranks."""
+        return self.arguments[-3] is not None
+
+    def with_record(self, record: Tensor) -> Call:
+        return self._replace(arguments=(*self.arguments[:-1], record))
+
     def forward(self, operands: tuple[Tensor | None, ...], needs: tuple[bool, ...]) -> list[Tensor]:
-        """[loss, *gradients of what needs one, *extra]"""
+        """[loss, *gradients of what needs one, *extra, *record if split]"""
         return self._op(operands, self.arguments, True, *needs, self.want_extra)
 
     def gradients(
@@ -468,10 +522,12 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, *operands: Tensor | None) -> Any:
-        ctx.call, ctx.gradients = call, None
-        ctx.needs = ctx.needs_input_grad[1:]
+        ctx.needs, ctx.gradients = ctx.needs_input_grad[1:], None
         stored = ctx.needs if call.stores else (False, False, False)
         loss, *rest = call.forward(operands, stored)
+        if call.split:
+            call = call.with_record(rest.pop())
+        ctx.call = call
         ctx.save_for_backward(*operands, *call.tensors())
         ctx.set_materialize_grads(False)
         ctx.outputs = len(call.upstreams)
@@ -515,11 +571,12 @@ class _LinearLossTraced(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         call, needs, hidden, weight, bias, *tensors = inputs
+        if call.split:
+            call, tensors = call.with_record(output[-1]), [*tensors, output[-1]]
         ctx.places = tuple(i for i, x in enumerate(call.arguments) if isinstance(x, Tensor))
         ctx.call = call._replace(arguments=tuple(None if isinstance(x, Tensor) else x for x in call.arguments))
-        ctx.needs, ctx.has_bias, ctx.constants = needs, bias is not None, len(tensors)
-        if len(call.upstreams) == 1:
-            ctx.mark_non_differentiable(*output[1:])
+        ctx.needs, ctx.has_bias, ctx.constants, ctx.inputs = needs, bias is not None, len(tensors), len(inputs)
+        ctx.mark_non_differentiable(*output[len(call.upstreams) :])
         stored = output[1 : 1 + sum(needs)] if call.stores else ()
         operands = (hidden, weight) if bias is None else (hidden, weight, bias)
         ctx.save_for_backward(*operands, *tensors, *stored)
@@ -540,7 +597,7 @@ class _LinearLossTraced(torch.autograd.Function):
                 arguments[place] = tensor
             gradients = call._replace(arguments=tuple(arguments)).gradients(operands, ctx.needs, upstreams)
         gradients = _first_order(gradients, operands, ctx.needs, upstreams[0])
-        return (None, None, *_in_place_of(gradients, ctx.needs), *(None for _ in tensors))
+        return (None, None, *_in_place_of(gradients, ctx.needs), *[None] * (ctx.inputs - 5))
 
 
 def loss(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
@@ -551,9 +608,12 @@ def loss(call: Call, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tup
         if x is not None:
             refuse_forward_mode(x)
     if not any(needs):
-        return tuple(call.forward(operands, (False, False, False)))
+        results = call.forward(operands, (False, False, False))
+        return tuple(results[:-1] if call.split else results)
     if torch.compiler.is_compiling() or functorch_is_active():
         value, *rest = _LinearLossTraced.apply(call, needs, hidden, weight, bias, *call.tensors())
+        if call.split:
+            rest.pop()
         return value, *(rest[sum(needs) :] if call.stores else rest)
     results = _LinearLoss.apply(call, *operands)
     return results if call.want_extra else (results,)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyalign._ops import FirstOrderOnly, define, functorch_is_active, refuse_forward_mode, unwatched
+from pyalign._ops import FirstOrderOnly, define, functorch_is_active, refuse_forward_mode, saved_tensors, unwatched
 from pyalign._types import LogprobResults, accumulation_dtype
 
 
@@ -140,7 +140,7 @@ class _LogprobsTraced(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, None, None]:
-        logits, targets, state = ctx.saved_tensors
+        logits, targets, state = saved_tensors(ctx)
         upstreams = upstreams[:-1]
         gradient = ctx.call.gradient(logits, targets, state, upstreams)
         return _first_order(gradient, logits, upstreams), None, None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import unwrap_if_dead  # pyright: ignore[reportMissingModuleSource]
 
-from pyalign._ops import FirstOrderOnly, define, functorch_is_active, refuse_forward_mode, unwatched
+from pyalign._ops import FirstOrderOnly, define, functorch_is_active, refuse_forward_mode, saved_tensors, unwatched
 from pyalign._types import (
     NO_PAIR_TENSORS,
     PairOptions,
@@ -288,7 +288,7 @@ class _ScoreLossTraced(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        saved = list(ctx.saved_tensors)
+        saved = list(saved_tensors(ctx))
         group_offsets = saved.pop() if ctx.packed else None
         *scores, gradient, denominator = saved
         scores = tuple(scores)

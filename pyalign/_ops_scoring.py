@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyalign._ops import FirstOrderOnly, define, functorch_is_active, refuse_forward_mode, unwatched
+from pyalign._ops import FirstOrderOnly, define, functorch_is_active, refuse_forward_mode, saved_tensors, unwatched
 from pyalign._types import STATISTICS, MetricOptions, MetricTensors, accumulation_dtype
 
 
@@ -253,7 +253,7 @@ class _RewardScoresTraced(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        last, hidden, head = ctx.saved_tensors
+        last, hidden, head = saved_tensors(ctx)
         gradients = ctx.call.gradients(upstream, last, hidden, head, ctx.shape, ctx.dtype)
         return None, *_first_order(gradients, upstream, head, hidden, None), None, None
 
@@ -329,7 +329,7 @@ class _GroupsTraced(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, None, None, None]:
-        scores, offsets, blocks = ctx.saved_tensors
+        scores, offsets, blocks = saved_tensors(ctx)
         gradient = ctx.call.run(scores, offsets, blocks, upstream)
         return FirstOrderOnly.apply(gradient, scores, upstream), None, None, None
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from pyalign import _checks, _ops, _ops_linear
+from pyalign import _checks, _ops, _ops_linear, _ops_split, _shards, _vocabulary
 from pyalign._backends import TRITON_TOPK_VOCAB, choose_name
 from pyalign._collator import ContextDistillationCollator
 from pyalign._linear import Projection, Settings
@@ -65,8 +65,14 @@ def _options(
     return Options(vocab, divergence, float(beta), temperature, bool(temperature_squared), float(hard_weight))
 
 
-def _vocabulary(vocab_size: int | None, student: Tensor, teacher_width: int | None) -> int:
+def _used_vocabulary(
+    vocab_size: int | None, student: Tensor, teacher_width: int | None, shards: _shards.Shards | None
+) -> int:
     width = student.shape[-1]
+    if shards is not None:
+        if teacher_width is not None and teacher_width != width:
+            _checks.refuse("teacher_logits", f"a slice of {teacher_width}", f"the student's {width} entries")
+        return _vocabulary.limit(shards, vocab_size)
     if vocab_size is None:
         if teacher_width is not None and teacher_width != width:
             _checks.refuse(
@@ -83,19 +89,29 @@ def _vocabulary(vocab_size: int | None, student: Tensor, teacher_width: int | No
 
 def _run(
     raw: _ops.RawLoss, student: Tensor, teacher: tuple[Any, ...], tokens: Tokens, options: Options,
-    inplace: bool, return_metrics: bool,
+    inplace: bool, return_metrics: bool, shards: _shards.Shards | None,
 ) -> Any:  # fmt: skip
     """Dispatches a loss to its backend and gives the results their shapes."""
-    backend = choose_name(student.device, student.dtype)
-    if backend == "reference":
+    backend = choose_name(student.device, student.dtype, split=shards is not None)
+    if shards is not None and inplace:
+        raise ValueError("inplace: not available with process_group, whose gradients the backward pass computes")
+    if shards is not None and backend == "reference":
+        student = _shards.whole_vocabulary(student, shards)
+        if raw is _ops.DISTILL:
+            teacher = (_shards.whole_vocabulary(teacher[0], shards),)
+        shards = None
+    if shards is not None:
+        results = _ops_split.loss(raw.name, student, teacher, tokens, options, return_metrics, shards, backend)
+    elif backend == "reference":
         if inplace:
             raise ValueError("inplace: the reference backend computes no gradient in place; wanted a kernel backend")
         function = getattr(_reference, raw.name)
-        results: Results = function(student, *teacher, tokens, options, want_metrics=return_metrics)
+        results = function(student, *teacher, tokens, options, want_metrics=return_metrics)
     else:
         call = _ops.Call(raw, (*teacher, *tokens, *options), tokens.reduction, return_metrics, backend)
         results = _ops.loss(call, student, inplace)
     shape = student.shape[:-1]
+    results: Results
     assert results.loss is not None
     loss = results.loss if tokens.reduction != "none" or len(shape) == 1 else results.loss.view(shape)
     if not return_metrics:
@@ -167,9 +183,14 @@ def distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **optio
             (1 - h) * divergence + h * cross_entropy(student at temperature 1, target), from the same read.
         inplace: write the gradient over the student's logits, which saves their size in memory. The logits' version
             is bumped, so another consumer of them gets torch's error; a second backward raises. Needs "mean" or
-            "sum", logits that are no leaf, and a dtype other than float16.
+            "sum", logits that are no leaf, a dtype other than float16, and no process_group.
         return_metrics: also return :class:`DistillationMetrics`.
-        process_group: not available in this release.
+        process_group: the vocabulary is split over the ranks of this group, each of which gives its slice of both
+            sides' logits, the same entries of both, in the order of the ranks: a ``torch.distributed`` process group, a
+            1-D DeviceMesh, or :class:`pyalign.distributed.VocabularyShards`. All else is the same on all ranks; targets
+            and ``vocab_size`` are of the whole vocabulary. The loss is the same on all ranks, the gradient is that of
+            the rank's slice, and needs no factor. Forward takes one collective of 6 to 10 numbers per token (JSD and
+            TVD two), backward none. DTensors that are sharded over the vocabulary need no process_group.
 
     Returns:
         The loss, float32 (float64 for float64 logits): () or, for "none", (...); with ``return_metrics`` a pair.
@@ -182,8 +203,12 @@ def distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **optio
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
         RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
     """
-    _checks.no_process_group(process_group)
-    _checks.floating("student_logits", student_logits, 1)
+    student_logits, shards = _vocabulary.local("student_logits", student_logits, process_group)
+    teacher_logits = _vocabulary.like("teacher_logits", teacher_logits, shards, "student_logits")
+    if shards is not None:
+        mask, labels, teacher_rows, weight, targets, num_items = _vocabulary.constants(
+            mask=mask, labels=labels, teacher_rows=teacher_rows, weight=weight, targets=targets, num_items=num_items
+        )
     _checks.floating("teacher_logits", teacher_logits, 1)
     _checks.same_device("teacher_logits", teacher_logits, student_logits)
     if teacher_rows is None and teacher_logits.shape[:-1] != student_logits.shape[:-1]:
@@ -192,7 +217,7 @@ def distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **optio
             f"leading shape {tuple(teacher_logits.shape[:-1])}",
             f"the student's {tuple(student_logits.shape[:-1])}, or teacher_rows= to match them",
         )
-    vocab = _vocabulary(vocab_size, student_logits, teacher_logits.shape[-1])
+    vocab = _used_vocabulary(vocab_size, student_logits, teacher_logits.shape[-1], shards)
     tokens = _checks.tokens(
         student_logits, mask=mask, labels=labels, ignore_index=ignore_index, teacher_rows=teacher_rows, weight=weight,
         targets=targets, hard_weight=hard_weight, num_items=num_items, reduction=reduction,
@@ -202,10 +227,10 @@ def distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **optio
     teacher = teacher_logits.detach()
     if (student_logits.dtype == torch.float64) != (teacher.dtype == torch.float64):
         teacher = teacher.to(accumulation_dtype(student_logits.dtype))
-    return _run(_ops.DISTILL, student_logits, (teacher,), tokens, options, inplace, return_metrics)
+    return _run(_ops.DISTILL, student_logits, (teacher,), tokens, options, inplace, return_metrics, shards)
 
 
-def topk_logprobs(logits: Tensor, k: int = 50, *, temperature: float = 1.0) -> TopKLogprobs:
+def topk_logprobs(logits: Tensor, k: int = 50, *, temperature: float = 1.0, process_group: Any = None) -> TopKLogprobs:
     """The k largest log-probabilities of softmax(logits / T) per row, and the log of the mass outside them.
 
     ``residual = logsumexp(logits outside / T) - logsumexp(logits / T)``, summed over the entries outside and not taken
@@ -215,6 +240,8 @@ def topk_logprobs(logits: Tensor, k: int = 50, *, temperature: float = 1.0) -> T
         logits: (..., V), float32, bfloat16, float16 or float64. The result is detached from them.
         k: 1 <= k <= V.
         temperature: T > 0.
+        process_group: as in :func:`distillation_loss`; every rank gets the entries of all, by their number in the whole
+            vocabulary.
 
     Returns:
         :class:`TopKLogprobs` with float32 (float64 for float64) log-probs (..., k), largest first, equals by lowest
@@ -223,14 +250,19 @@ def topk_logprobs(logits: Tensor, k: int = 50, *, temperature: float = 1.0) -> T
     Raises:
         ValueError, TypeError: an argument of the wrong shape, dtype or value.
     """
-    _checks.floating("logits", logits, 1)
-    if not isinstance(k, int) or not 0 < k <= logits.shape[-1]:
-        _checks.refuse("k", repr(k), f"an int with 0 < k <= {logits.shape[-1]}, the vocabulary")
+    logits, shards = _vocabulary.local("logits", logits, process_group)
+    vocab = logits.shape[-1] if shards is None else shards.vocab
+    if not isinstance(k, int) or not 0 < k <= vocab:
+        _checks.refuse("k", repr(k), f"an int with 0 < k <= {vocab}, the vocabulary")
     temperature = _checks.temperature("temperature", temperature)
     logits = logits.detach()
     wide = True if logits.shape[-1] > TRITON_TOPK_VOCAB else False  # noqa: SIM210  # a constant of a compiled graph
-    backend = choose_name(logits.device, logits.dtype, k, wide)
-    if backend == "reference":
+    backend = choose_name(logits.device, logits.dtype, k, wide, shards is not None)
+    if shards is not None and backend == "reference":
+        logits, shards = _shards.whole_vocabulary(logits, shards), None
+    if shards is not None:
+        logprobs, indices, residual = _ops_split.topk(logits, k, temperature, shards, backend)
+    elif backend == "reference":
         logprobs, indices, residual = _reference.topk(logits, k, temperature)
     else:
         logprobs, indices, residual = torch.ops.pyalign.topk(logits, k, temperature, backend)
@@ -323,7 +355,9 @@ def topk_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **
         temperature: None, or the teacher's own: a stored tail can't be taken to another temperature.
         divergence, beta, mask, labels, ignore_index, teacher_rows, weight, temperature_squared, vocab_size, num_items,
             reduction, targets, hard_weight, inplace, return_metrics, process_group: as in
-            :func:`distillation_loss`. ``agreement`` compares with the teacher's most likely stored entry.
+            :func:`distillation_loss`. ``agreement`` compares with the teacher's most likely stored entry. With a
+            process_group the teacher is the same on all ranks, its indices those of the whole vocabulary; the
+            collective is of k + 3 to k + 8 numbers per token.
 
     Returns:
         The loss, float32 (float64 for float64 logits): () or, for "none", (...); with ``return_metrics`` a pair.
@@ -333,10 +367,13 @@ def topk_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **
             out of range, raises on the CPU and gives NaN for its row on a GPU.
         RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
     """
-    _checks.no_process_group(process_group)
-    _checks.floating("student_logits", student_logits, 1)
+    student_logits, shards = _vocabulary.local("student_logits", student_logits, process_group)
+    if shards is not None:
+        mask, labels, teacher_rows, weight, targets, num_items = _vocabulary.constants(
+            mask=mask, labels=labels, teacher_rows=teacher_rows, weight=weight, targets=targets, num_items=num_items
+        )
     stored = _check_stored(teacher, tail, student_logits, teacher_rows is not None, temperature)
-    vocab = _vocabulary(vocab_size, student_logits, None)
+    vocab = _used_vocabulary(vocab_size, student_logits, None, shards)
     tokens = _checks.tokens(
         student_logits, mask=mask, labels=labels, ignore_index=ignore_index, teacher_rows=teacher_rows, weight=weight,
         targets=targets, hard_weight=hard_weight, num_items=num_items, reduction=reduction,
@@ -344,7 +381,7 @@ def topk_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # **
     options = _options(vocab, divergence, beta, stored, temperature_squared, hard_weight)
     logprobs, residual = teacher.logprobs.detach(), teacher.residual
     inputs = (logprobs, teacher.indices, None if residual is None else residual.detach(), tail)
-    return _run(_ops.TOPK_DISTILL, student_logits, inputs, tokens, options, inplace, return_metrics)
+    return _run(_ops.TOPK_DISTILL, student_logits, inputs, tokens, options, inplace, return_metrics, shards)
 
 
 def _run_linear(
@@ -353,7 +390,7 @@ def _run_linear(
 ) -> Any:  # fmt: skip
     """Dispatches a loss straight from hidden states; ``student.hidden`` is flat, ``shape`` that of its tokens."""
     hidden = student.hidden
-    backend = choose_name(hidden.device, settings.logits_dtype)
+    backend = choose_name(hidden.device, settings.logits_dtype, split=settings.group is not None)
     if backend == "reference":
         function = getattr(_linear_reference, name)
         other = Projection(*teacher) if name == "linear_distill" else teacher
@@ -437,7 +474,9 @@ def linear_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # 
         num_valid: an int the caller knows, at least as many as the tokens that count. On a GPU it saves the products of
             the others; without it they are computed, because to count them would mean to wait. Fewer than the tokens
             that count raises on a CPU and gives NaN on a GPU.
-        process_group: not available in this release.
+        process_group: as in :func:`distillation_loss`; the weights and biases are this rank's slices, the hidden states
+            are whole and the same on all ranks, and so is their gradient, which takes one all-reduce (in float32, of
+            slices' gradients that aren't rounded). Chunks are the same on all ranks, with a collective in each.
 
     Returns:
         The loss, float32 (float64 for float64 hidden states): () or, for "none", (...); with ``return_metrics`` a pair.
@@ -449,6 +488,9 @@ def linear_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # 
     gradient of a float32 weight), and a few numbers per token. Under autocast products are computed in autocast's
     dtype, from operands converted chunk by chunk, and gradients have the dtype of what they are gradients of.
 
+    A weight or bias that is a DTensor, such as FSDP2 keeps between forward passes, is gathered once, before the first
+    chunk; its gradient is averaged over the ranks of its mesh, as FSDP2 does, and comes back sharded.
+
     "mean" and "sum" compute the gradients in the forward pass, from one projection of either side; float16 and "none"
     project again in the backward pass, and so does a second backward over a retained graph.
 
@@ -457,11 +499,20 @@ def linear_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # 
             smallest chunk.
         RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
     """
-    _checks.no_process_group(process_group)
+    student_hidden, student_weight, student_bias, shards = _vocabulary.head(
+        "student_", student_hidden, student_weight, student_bias, process_group
+    )
+    teacher_hidden, teacher_weight, teacher_bias = _vocabulary.other_head(
+        "teacher_", teacher_hidden, teacher_weight, teacher_bias, shards, "student_weight"
+    )
+    if shards is not None:
+        mask, labels, teacher_rows, weight, targets, num_items = _vocabulary.constants(
+            mask=mask, labels=labels, teacher_rows=teacher_rows, weight=weight, targets=targets, num_items=num_items
+        )
     gemm_dtype = _checks.autocast_dtype(student_hidden)
-    autocast = gemm_dtype is not None
-    _checks.projection("student_", student_hidden, student_weight, student_bias, student_softcap, autocast)
-    _checks.projection("teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, autocast)
+    autocast, split = gemm_dtype is not None, shards is not None
+    _checks.projection("student_", student_hidden, student_weight, student_bias, student_softcap, autocast, split)
+    _checks.projection("teacher_", teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, autocast, split)
     _checks.same_device("teacher_hidden", teacher_hidden, student_hidden)
     if teacher_rows is None and teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
         _checks.refuse(
@@ -469,7 +520,7 @@ def linear_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # 
             f"leading shape {tuple(teacher_hidden.shape[:-1])}",
             f"the student's {tuple(student_hidden.shape[:-1])}, or teacher_rows= to match them",
         )
-    vocab = _linear_vocabulary(vocab_size, student_weight, teacher_weight)
+    vocab = _linear_vocabulary(vocab_size, student_weight, teacher_weight, shards)
     tokens = _checks.tokens(
         student_hidden, mask=mask, labels=labels, ignore_index=ignore_index, teacher_rows=teacher_rows, weight=weight,
         targets=targets, hard_weight=hard_weight, num_items=num_items, reduction=reduction,
@@ -477,7 +528,7 @@ def linear_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # 
     temperature = _checks.temperature("temperature", temperature)
     options = _options(vocab, divergence, beta, temperature, temperature_squared, hard_weight)
     settings = _checks.linear_settings(
-        workspace_bytes, num_valid, logits_dtype, gemm_dtype, student_hidden, teacher_hidden
+        workspace_bytes, num_valid, logits_dtype, gemm_dtype, shards, student_hidden, teacher_hidden
     )
     student = Projection(_checks.flat_rows(student_hidden), student_weight, student_bias, student_softcap)
     bias = None if teacher_bias is None else teacher_bias.detach()
@@ -486,8 +537,14 @@ def linear_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # 
     return _run_linear("linear_distill", student, teacher, tokens, options, settings, shape, return_metrics)
 
 
-def _linear_vocabulary(vocab_size: int | None, student_weight: Tensor, teacher_weight: Tensor | None) -> int:
+def _linear_vocabulary(
+    vocab_size: int | None, student_weight: Tensor, teacher_weight: Tensor | None, shards: _shards.Shards | None
+) -> int:
     width = student_weight.shape[0]
+    if shards is not None:
+        if teacher_weight is not None and teacher_weight.shape[0] != width:
+            _checks.refuse("teacher_weight", f"a slice of {teacher_weight.shape[0]}", f"the student's {width} entries")
+        return _vocabulary.limit(shards, vocab_size)
     if vocab_size is None:
         if teacher_weight is not None and teacher_weight.shape[0] != width:
             wanted = f"the student's {width}, or vocab_size= for both"
@@ -561,18 +618,24 @@ def linear_topk_distillation_loss(  # pyright: ignore[reportInconsistentOverload
             smallest chunk. An index twice in one row, or out of range, raises on the CPU and gives NaN on a GPU.
         RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
     """
-    _checks.no_process_group(process_group)
+    student_hidden, student_weight, student_bias, shards = _vocabulary.head(
+        "student_", student_hidden, student_weight, student_bias, process_group
+    )
+    if shards is not None:
+        mask, labels, teacher_rows, weight, targets, num_items = _vocabulary.constants(
+            mask=mask, labels=labels, teacher_rows=teacher_rows, weight=weight, targets=targets, num_items=num_items
+        )
     gemm_dtype = _checks.autocast_dtype(student_hidden)
-    autocast = gemm_dtype is not None
-    _checks.projection("student_", student_hidden, student_weight, student_bias, student_softcap, autocast)
+    autocast, split = gemm_dtype is not None, shards is not None
+    _checks.projection("student_", student_hidden, student_weight, student_bias, student_softcap, autocast, split)
     stored = _check_stored(teacher, tail, student_hidden, teacher_rows is not None, temperature)
-    vocab = _linear_vocabulary(vocab_size, student_weight, None)
+    vocab = _linear_vocabulary(vocab_size, student_weight, None, shards)
     tokens = _checks.tokens(
         student_hidden, mask=mask, labels=labels, ignore_index=ignore_index, teacher_rows=teacher_rows, weight=weight,
         targets=targets, hard_weight=hard_weight, num_items=num_items, reduction=reduction,
     )  # fmt: skip
     options = _options(vocab, divergence, beta, stored, temperature_squared, hard_weight)
-    settings = _checks.linear_settings(workspace_bytes, num_valid, logits_dtype, gemm_dtype, student_hidden)
+    settings = _checks.linear_settings(workspace_bytes, num_valid, logits_dtype, gemm_dtype, shards, student_hidden)
     student = Projection(_checks.flat_rows(student_hidden), student_weight, student_bias, student_softcap)
     k, residual = teacher.indices.shape[-1], teacher.residual
     logprobs, indices = teacher.logprobs.detach().reshape(-1, k), teacher.indices.reshape(-1, k)

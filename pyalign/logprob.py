@@ -11,7 +11,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from pyalign import _checks, _ops_linear, _ops_logprob
+from pyalign import _checks, _ops_linear, _ops_logprob, _ops_split, _shards, _vocabulary
 from pyalign._backends import choose_name
 from pyalign._linear import Projection, Settings
 from pyalign._ops import unwatched
@@ -59,7 +59,10 @@ def token_logprobs(  # pyright: ignore[reportInconsistentOverload]  # **options 
         temperature: T > 0.
         softcap: c > 0, or None; applied before the temperature.
         return_entropy: also return the entropies, in nats, differentiable.
-        process_group: not available in this release.
+        process_group: the vocabulary is split over the ranks of this group, each of which gives its slice of the
+            logits, in the order of the ranks (see :func:`pyalign.distill.distillation_loss`); targets are of the whole
+            vocabulary. Log-probs are the same on all ranks, the gradient is that of the rank's slice. Forward takes one
+            collective of 4 numbers per token, backward none.
 
     Returns:
         (...) log-probs, float32 (float64 for float64 logits), or a pair with the entropies; both take an upstream
@@ -73,16 +76,23 @@ def token_logprobs(  # pyright: ignore[reportInconsistentOverload]  # **options 
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
         RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
     """
-    _checks.no_process_group(process_group)
-    _checks.floating("logits", logits, 1)
-    if logits.shape[-1] == 0:
+    logits, shards = _vocabulary.local("logits", logits, process_group)
+    if shards is not None:
+        (targets,) = _vocabulary.constants(targets=targets)
+    if logits.shape[-1] == 0 and shards is None:
         _checks.refuse("logits", f"shape {tuple(logits.shape)}", "a vocabulary of at least 1")
     shape = logits.shape[:-1]
     targets = _checks.integers("targets", targets, shape, logits)
     temperature = _checks.temperature("temperature", temperature)
     softcap = _checks.softcap("softcap", softcap)
-    backend = choose_name(logits.device, logits.dtype)
-    if backend == "reference":
+    backend = choose_name(logits.device, logits.dtype, split=shards is not None)
+    if shards is not None and backend == "reference":
+        logits, shards = _shards.whole_vocabulary(logits, shards), None
+    if shards is not None:
+        results = _ops_split.logprobs(
+            logits, targets, ignore_index, temperature, softcap, bool(return_entropy), shards, backend
+        )
+    elif backend == "reference":
         results = _reference.logprob(logits, targets, ignore_index, temperature, softcap, return_entropy)
     else:
         call = _ops_logprob.Call(ignore_index, temperature, softcap, bool(return_entropy), backend)
@@ -222,7 +232,7 @@ def linear_token_logprobs(  # pyright: ignore[reportInconsistentOverload]  # **o
 
     Args:
         hidden: (..., H) float32, bfloat16, float16 or float64.
-        weight: (V, H), the head, in the dtype of the hidden states (under autocast in any).
+        weight: (V, H), the head, in the dtype of the hidden states (under autocast in any); a DTensor is gathered once.
         targets: (...) integer.
         bias: (V,).
         ignore_index: the target of tokens that don't count: log-prob, entropy and gradient are 0.
@@ -244,7 +254,7 @@ def linear_token_logprobs(  # pyright: ignore[reportInconsistentOverload]  # **o
         hidden, weight, bias, softcap, targets, logits_dtype, workspace_bytes, num_valid, process_group
     )
     temperature = _checks.temperature("temperature", temperature)
-    backend = choose_name(hidden.device, settings.logits_dtype)
+    backend = choose_name(hidden.device, settings.logits_dtype, split=settings.group is not None)
     want_entropy = bool(return_entropy)
     if backend == "reference":
         results = _linear_reference.linear_logprob(head, targets, ignore_index, temperature, want_entropy, settings)
@@ -292,7 +302,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: (..., H) float32, bfloat16, float16 or float64.
-        weight: (V, H), the head, in the dtype of the hidden states (under autocast in any).
+        weight: (V, H), the head, in the dtype of the hidden states (under autocast in any); a DTensor is gathered once.
         targets: (...) integer.
         bias: (V,).
         ignore_index: the target of tokens that don't count.
@@ -319,7 +329,7 @@ def linear_cross_entropy(
     z_loss = _checks.number("z_loss", z_loss, "a finite number >= 0", lambda x: x >= 0)
     _checks.one_of("reduction", reduction, REDUCTIONS)
     divisor = _checks.denominator(num_items, reduction, accumulation_dtype(hidden.dtype), hidden)
-    backend = choose_name(hidden.device, settings.logits_dtype)
+    backend = choose_name(hidden.device, settings.logits_dtype, split=settings.group is not None)
     if backend == "reference":
         loss = _linear_reference.linear_cross_entropy(
             head, targets, divisor, ignore_index, smoothing, z_loss, reduction, settings
@@ -347,9 +357,11 @@ def _linear_arguments(
     process_group: object,
 ) -> tuple[Projection, Tensor, Settings]:
     """The head over flat hidden states, flat targets, and how logits are computed."""
-    _checks.no_process_group(process_group)
+    hidden, weight, bias, shards = _vocabulary.head("", hidden, weight, bias, process_group)
+    if shards is not None:
+        (targets,) = _vocabulary.constants(targets=targets)
     gemm_dtype = _checks.autocast_dtype(hidden)
-    _checks.projection("", hidden, weight, bias, softcap, gemm_dtype is not None)
+    _checks.projection("", hidden, weight, bias, softcap, gemm_dtype is not None, shards is not None)
     targets = _checks.integers("targets", targets, hidden.shape[:-1], hidden)
-    settings = _checks.linear_settings(workspace_bytes, num_valid, logits_dtype, gemm_dtype, hidden)
+    settings = _checks.linear_settings(workspace_bytes, num_valid, logits_dtype, gemm_dtype, shards, hidden)
     return Projection(_checks.flat_rows(hidden), weight, bias, softcap), targets, settings

@@ -59,6 +59,7 @@ class DistillationLoss(_LossModule):
         vocab_size: int | None = None,
         reduction: str = "mean",
         inplace: bool = False,
+        process_group: Any = None,
     ) -> None:
         super().__init__(
             divergence=divergence,
@@ -70,6 +71,7 @@ class DistillationLoss(_LossModule):
             vocab_size=vocab_size,
             reduction=reduction,
             inplace=inplace,
+            process_group=process_group,
         )
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, **tensors: Any) -> Any:
@@ -96,6 +98,7 @@ class TopKDistillationLoss(_LossModule):
         vocab_size: int | None = None,
         reduction: str = "mean",
         inplace: bool = False,
+        process_group: Any = None,
     ) -> None:
         super().__init__(
             divergence=divergence,
@@ -107,6 +110,7 @@ class TopKDistillationLoss(_LossModule):
             vocab_size=vocab_size,
             reduction=reduction,
             inplace=inplace,
+            process_group=process_group,
         )
 
     def forward(self, student_logits: Tensor, teacher: TopKLogprobs, **tensors: Any) -> Any:
@@ -128,12 +132,14 @@ class TokenLogprobs(_LossModule):
         temperature: float = 1.0,
         softcap: float | None = None,
         return_entropy: bool = False,
+        process_group: Any = None,
     ) -> None:
         super().__init__(
             ignore_index=ignore_index,
             temperature=temperature,
             softcap=softcap,
             return_entropy=return_entropy,
+            process_group=process_group,
         )
 
     def forward(self, logits: Tensor, targets: Tensor) -> Any:
@@ -163,6 +169,7 @@ class LinearDistillationLoss(_LossModule):
         reduction: str = "mean",
         logits_dtype: torch.dtype | None = None,
         workspace_bytes: int | None = None,
+        process_group: Any = None,
     ) -> None:
         super().__init__(
             divergence=divergence,
@@ -177,6 +184,7 @@ class LinearDistillationLoss(_LossModule):
             reduction=reduction,
             logits_dtype=logits_dtype,
             workspace_bytes=workspace_bytes,
+            process_group=process_group,
         )
 
     def forward(
@@ -215,6 +223,7 @@ class LinearTopKDistillationLoss(_LossModule):
         reduction: str = "mean",
         logits_dtype: torch.dtype | None = None,
         workspace_bytes: int | None = None,
+        process_group: Any = None,
     ) -> None:
         super().__init__(
             divergence=divergence,
@@ -228,6 +237,7 @@ class LinearTopKDistillationLoss(_LossModule):
             reduction=reduction,
             logits_dtype=logits_dtype,
             workspace_bytes=workspace_bytes,
+            process_group=process_group,
         )
 
     def forward(self, student_hidden: Tensor, student_weight: Tensor, teacher: TopKLogprobs, **tensors: Any) -> Any:
@@ -253,6 +263,7 @@ class LinearCrossEntropyLoss(_LossModule):
         reduction: str = "mean",
         logits_dtype: torch.dtype | None = None,
         workspace_bytes: int | None = None,
+        process_group: Any = None,
     ) -> None:
         super().__init__(
             ignore_index=ignore_index,
@@ -262,6 +273,7 @@ class LinearCrossEntropyLoss(_LossModule):
             reduction=reduction,
             logits_dtype=logits_dtype,
             workspace_bytes=workspace_bytes,
+            process_group=process_group,
         )
 
     def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, **tensors: Any) -> Tensor:
@@ -285,6 +297,7 @@ class LinearTokenLogprobs(_LossModule):
         return_entropy: bool = False,
         logits_dtype: torch.dtype | None = None,
         workspace_bytes: int | None = None,
+        process_group: Any = None,
     ) -> None:
         super().__init__(
             ignore_index=ignore_index,
@@ -293,6 +306,7 @@ class LinearTokenLogprobs(_LossModule):
             return_entropy=return_entropy,
             logits_dtype=logits_dtype,
             workspace_bytes=workspace_bytes,
+            process_group=process_group,
         )
 
     def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, **tensors: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyalign import _checks, _ops_scoring
+from pyalign import _checks, _dtensor, _ops_scoring
 from pyalign._backends import choose_name
 from pyalign._bradley_terry import BradleyTerryFit, ConvergenceError, NoMaximumError, bradley_terry
 from pyalign._types import STATISTICS, MetricOptions, MetricTensors, accumulation_dtype
@@ -65,7 +65,8 @@ def reward_scores(
     Args:
         hidden: (T, H) packed, with ``offsets``, or (B, S, H) padded; float32, bfloat16, float16 or float64.
         head_weight: (H,), or (C, H) for several heads; any of these dtypes, float64 with float64 hidden states alone.
-            The product runs in float32 whatever the dtypes are, under autocast too.
+            The product runs in float32 whatever the dtypes are, under autocast too. A DTensor is gathered, and its
+            gradient averaged over its mesh, as FSDP2 does.
         head_bias: () for one head (H,), else (C,).
         offsets: (B + 1,) int32 or int64, from 0 to T, never falling: sequence b is [offsets[b], offsets[b + 1]).
         mask: (B, S) bool or integer; the last token is where a sequence's mask is last nonzero, so that left and right
@@ -81,6 +82,7 @@ def reward_scores(
         ValueError, TypeError: an argument of the wrong shape, dtype, device or value.
         RuntimeError: the forced backend can't serve; a second derivative is asked of a kernel.
     """
+    head_weight, head_bias = _dtensor.whole("head_weight", head_weight), _dtensor.whole("head_bias", head_bias)
     _checks.floating("hidden", hidden, 2)
     if hidden.dim() != (3 if offsets is None else 2):
         wanted = "(B, S, H), or (T, H) with offsets=" if offsets is None else "(T, H), because offsets are given"

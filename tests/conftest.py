@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 import hypothesis
+from distributed_support import Pools
 
 # The same examples in every run: what fails here fails on the next machine too.
 hypothesis.settings.register_profile("pyalign", deadline=None, derandomize=True, database=None, max_examples=40)
@@ -63,3 +64,11 @@ def threads() -> Iterator[Callable[[int], None]]:
 def single_thread(threads: Callable[[int], None]) -> None:
     """For modules of many small models, on machines where other tests run beside them."""
     threads(1)
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pools]:
+    """``pool(n)``: n processes with a gloo process group, started once."""
+    pools = Pools()
+    yield pools
+    pools.close()

@@ -16,6 +16,22 @@ enum class Divergence : int { kForwardKL = 0, kReverseKL = 1, kJensenShannon = 2
 enum class Tail : int { kBucket = 0, kRenormalize = 1, kDrop = 2 };
 enum class Reduction : int { kNone = 0, kSum = 1, kMean = 2 };
 
+// Rows may be split: every rank holds a slice of the vocabulary, and what is merged passes between two calls.
+//   kWhole  fold, sum and map, of whole rows
+//   kFold   writes this slice's states, and as losses the divergence of the two conditional distributions over it
+//   kSum    reads the merged states, writes this slice's sums
+//   kMap    reads the merged states and sums, writes the gradient of this slice
+enum class Stage : int { kWhole = 0, kFold = 1, kSum = 2, kMap = 3 };
+
+// A target in another rank's slice: the row counts, and none of its entries here is the target.
+constexpr int64_t kElsewhere = INT64_MIN;
+
+struct Split {
+    Stage stage = Stage::kWhole;
+    double* states = nullptr;  // [count, 5] the student's max and sum, the teacher's, the student's sum at T = 1
+    double* sums = nullptr;    // [count, 2] loss and aux
+};
+
 // Rows of a matrix behind two leading strides (in elements; the last stride is 1):
 // row r starts at (r / inner) * outer_stride + (r % inner) * inner_stride.
 struct Rows {
@@ -72,6 +88,7 @@ struct DistillArgs {
     Tokens tokens;
     Outputs out;
     DistillOptions options;
+    Split split;
 };
 
 // The teacher as k (log-prob, index) entries per row and the log of the remaining mass. An index of -1 is no entry.
@@ -106,6 +123,22 @@ struct TopKArgs {
     void* logprobs = nullptr;    // [count, k] accumulation dtype
     int64_t* indices = nullptr;  // [count, k]
     void* residual = nullptr;    // [count] accumulation dtype
+};
+
+// Rows of logits without a set of entries each: their softmax state (`states` is not null), or a gradient
+//   a e^((x - m) / T) + b e^(x - n),  at the set's entries what `values` says.
+struct OutsideArgs {
+    Rows logits;
+    int64_t count = 0, vocab = 0, k = 0;
+    const uint8_t* mask = nullptr;     // [count], null: all rows count; others are not read
+    const int64_t* indices = nullptr;  // [count, k] ascending in each row; entries outside [0, vocab) are none
+    double temperature = 1.0;
+    double* states = nullptr;  // [count, 3] max and sum over the entries outside, and their sum at T = 1
+
+    const double* exponentials = nullptr;  // [count, 4] a, m, b, n
+    const double* values = nullptr;        // [count, k]
+    Rows gradient;                         // [count, width]; may be the logits themselves
+    int64_t width = 0;
 };
 
 }  // namespace pyalign

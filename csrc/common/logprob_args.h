@@ -10,12 +10,14 @@ struct LogprobOptions {
     double temperature = 1.0;
     double softcap = 0.0;  // 0: none
     double label_smoothing = 0.0, z_loss = 0.0;
+    int64_t whole_vocab = 0;  // the entries of all slices, where rows are split
 };
 
 // Rows of logits with one target each: what is asked for of their log-prob, entropy and state, or their loss (row_loss
 // is not null), and a gradient with respect to the logits. Null pointers mean "not given" or "not wanted"; numbers are
 // in accumulation dtype (float; double for float64 logits). A row whose target is ignore_index isn't read: it gets
-// zeros.
+// zeros. A target of kElsewhere (of a row that is split, see Split) stands for entry 0 where a log-prob is asked for,
+// and has no share in the gradient.
 struct LogprobArgs {
     Rows logits;    // [count, vocab]
     Rows gradient;  // [count, vocab] any dtype; may be the logits themselves
@@ -32,6 +34,7 @@ struct LogprobArgs {
     void* entropy = nullptr;   // [count]
     void* state = nullptr;     // [count, 3] max, sum, entropy (NaN unless the entropy is wanted)
     void* row_loss = nullptr;  // [count]
+    void* above = nullptr;     // [count] sum (z - z_target)
 };
 
 }  // namespace pyalign

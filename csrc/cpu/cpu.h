@@ -16,6 +16,7 @@ namespace pyalign::cpu {
 void distill(const DistillArgs& args, int threads);
 void topk_distill(const TopKDistillArgs& args, int threads);
 void topk(const TopKArgs& args, int threads);
+void outside(const OutsideArgs& args, int threads);
 
 // x *= factor[0] for rows of `width`; returns at once where the factor is 1. `factor` has x's accumulation dtype.
 void scale(const Rows& x, int64_t count, int64_t width, const void* factor, int threads);

@@ -77,7 +77,7 @@ void check_tokens(const Tokens& tokens, const DistillOptions& options) {
         if (!is_counted(tokens, row)) continue;
         if (tokens.teacher_rows && tokens.teacher_rows[row] >= tokens.teacher_count)
             refuse("teacher_rows", row, tokens.teacher_rows[row], tokens.teacher_count);
-        if (!hard || tokens.targets[row] == tokens.ignore_index) continue;
+        if (!hard || tokens.targets[row] == tokens.ignore_index || tokens.targets[row] == kElsewhere) continue;
         if (tokens.targets[row] < 0 || tokens.targets[row] >= options.vocab)
             refuse("targets", row, tokens.targets[row], options.vocab);
     }
@@ -222,6 +222,14 @@ void topk(const TopKArgs& args, int threads) {
     parallel(
         args.count, grain, args.vocab, kernels().topk_scratch(args), threads,
         [&](int64_t begin, int64_t end, std::byte* memory) { kernels().topk(args, Span{begin, end, memory, false}); });
+}
+
+void outside(const OutsideArgs& args, int threads) {
+    const bool stream = begin_stream(args.gradient, args.logits, args.count * args.width);
+    parallel(args.count, grain_of(args.count, args.vocab, threads), args.vocab, entries_scratch(args.k, args.k),
+             threads, [&](int64_t begin, int64_t end, std::byte* memory) {
+                 kernels().outside(args, Span{begin, end, memory, stream});
+             });
 }
 
 void scale(const Rows& x, int64_t count, int64_t width, const void* factor, int threads) {

@@ -44,6 +44,18 @@ void write_uncounted(const Outputs& out, void* row_loss, int64_t row) {
     if (out.gradient.data) std::memset(row_of(out.gradient, row), 0, out.width * size_of(out.gradient.dtype));
 }
 
+bool has_hard_term(const Tokens& tokens, const DistillOptions& options, int64_t row) {
+    return options.hard_weight != 0 && tokens.targets[row] != tokens.ignore_index;
+}
+
+// The student's state at temperature 1, where the hard term asks for it, given the one at the options' T.
+template <class T>
+Softmax<double> hard_state(const Tokens& tokens, const DistillOptions& options, int64_t row, const T* student,
+                           Softmax<double> state) {
+    if (options.temperature == 1 || !has_hard_term(tokens, options, row)) return state;
+    return fold_row(student, options.vocab, 1.0);
+}
+
 // h * cross-entropy(student at temperature 1, target) and its gradient h * (softmax - 1[target]).
 template <class T>
 struct HardTerm {
@@ -53,20 +65,21 @@ struct HardTerm {
     F max = 0, scale = 0;
     ScaledExp<F> exp{1.0};
 
+    // `state` is the student's at temperature 1.
     HardTerm(const Tokens& tokens, const DistillOptions& options, int64_t row, const T* student,
              Softmax<double> state) {
-        if (options.hard_weight == 0 || tokens.targets[row] == tokens.ignore_index) return;
+        if (!has_hard_term(tokens, options, row)) return;
         weight = options.hard_weight;
         target = tokens.targets[row];
-        if (options.temperature != 1) state = fold_row(student, options.vocab, 1.0);
         max = F(state.max);
         scale = F(1 / state.sum);
-        loss = weight * ((state.max - double(value(student[target]))) + log_positive(state.sum));
+        if (target != kElsewhere)
+            loss = weight * ((state.max - double(value(student[target]))) + log_positive(state.sum));
     }
 
     // Adds factor * (softmax - 1[target]) to the gradients of the entries [first, first + count).
     void add(F* gradient, const T* student, int64_t first, int64_t count, double factor) const {
-        if (target < 0) return;
+        if (weight == 0) return;
         const F f = F(factor * weight) * scale, m = max;
         const ScaledExp<F> e = exp;
 #pragma omp simd
@@ -251,6 +264,8 @@ void distill_rows(const DistillArgs& args, D divergence, double denominator, voi
     using F = ValueOf<T>;
     const DistillOptions& options = args.options;
     const Outputs& out = args.out;
+    const Split& split = args.split;
+    const bool folds = split.stage == Stage::kWhole || split.stage == Stage::kFold;
     const int64_t vocab = options.vocab;
     const double inverse_temperature = 1 / options.temperature;
     const double soft_weight =
@@ -258,8 +273,8 @@ void distill_rows(const DistillArgs& args, D divergence, double denominator, voi
     const double far_loss = kFarLoss<double>;
     std::byte* const memory = span.scratch;
     const size_t kept_bytes = KeptRow<F>::bytes(vocab);
-    const KeptRow<F> kept_student = KeptRow<F>::in(memory, vocab);
-    const KeptRow<F> kept_teacher = KeptRow<F>::in(memory + kept_bytes, vocab);
+    const KeptRow<F> kept_student = folds ? KeptRow<F>::in(memory, vocab) : KeptRow<F>{};
+    const KeptRow<F> kept_teacher = folds ? KeptRow<F>::in(memory + kept_bytes, vocab) : KeptRow<F>{};
     T* const converted = reinterpret_cast<T*>(memory + 2 * kept_bytes);
     Ahead student_ahead, teacher_ahead;
 
@@ -273,16 +288,26 @@ void distill_rows(const DistillArgs& args, D divergence, double denominator, voi
         student_ahead.start(args.student, row, next, vocab);
         teacher_ahead.start(args.teacher, teacher_row, teacher_row_of(args.tokens, next), vocab);
 
-        // Fold
+        // Fold, unless an earlier call did
         const T* const student = row_as(args.student, row, vocab, converted);
         const T* const teacher = row_as(args.teacher, teacher_row, vocab, converted + vocab);
-        const Softmax<double> student_state =
-            fold_row(student, vocab, inverse_temperature, &student_ahead, kept_student);
-        const Softmax<double> teacher_state =
-            fold_row(teacher, vocab, inverse_temperature, &teacher_ahead, kept_teacher);
+        Softmax<double> student_state, teacher_state, at_one;
+        if (folds) {
+            student_state = fold_row(student, vocab, inverse_temperature, &student_ahead, kept_student);
+            teacher_state = fold_row(teacher, vocab, inverse_temperature, &teacher_ahead, kept_teacher);
+            at_one = hard_state(args.tokens, options, row, student, student_state);
+        } else {
+            const double* const given = split.states + 5 * row;
+            student_state = {given[0], given[1]}, teacher_state = {given[2], given[3]}, at_one = {given[0], given[4]};
+        }
+        if (split.stage == Stage::kFold) {
+            double* const states = split.states + 5 * row;
+            states[0] = student_state.max, states[1] = student_state.sum, states[4] = at_one.sum;
+            states[2] = teacher_state.max, states[3] = teacher_state.sum;
+        }
         RowPair<T> pair(student, teacher, student_state, teacher_state, kept_student, kept_teacher, vocab,
                         inverse_temperature);
-        const HardTerm<T> hard(args.tokens, options, row, student, student_state);
+        const HardTerm<T> hard(args.tokens, options, row, student, at_one);
         if (out.entropy) put<F>(out.entropy, row, entropy(student, vocab, student_state, inverse_temperature));
         if (out.agreement)
             out.agreement[row] =
@@ -291,7 +316,9 @@ void distill_rows(const DistillArgs& args, D divergence, double denominator, voi
         // Sum, unless the map does it in passing
         const bool map = out.gradient.data != nullptr;
         Sums<double> sums;
-        if (D::kMapNeedsSums || !map)
+        if (split.stage == Stage::kMap)
+            sums = {split.sums[2 * row], split.sums[2 * row + 1]};
+        else if (split.stage == Stage::kFold ? row_loss != nullptr : D::kMapNeedsSums || !map)
             for (int64_t first = 0; first < vocab; first += kBlock) {
                 student_ahead.map();
                 teacher_ahead.map();
@@ -299,6 +326,7 @@ void distill_rows(const DistillArgs& args, D divergence, double denominator, voi
                 sums =
                     sums + (sums.loss > far_loss ? sum_block(divergence.far(), block) : sum_block(divergence, block));
             }
+        if (split.stage == Stage::kSum) split.sums[2 * row] = sums.loss, split.sums[2 * row + 1] = sums.aux;
 
         // Map
         if (map) {
@@ -328,7 +356,9 @@ void distill_rows(const DistillArgs& args, D divergence, double denominator, voi
             writer.finish(vocab, out.width);
         }
 
-        if (row_loss) {
+        if (row_loss && split.stage == Stage::kFold) {
+            put<F>(row_loss, row, sums.loss);
+        } else if (row_loss) {
             const double weight = args.tokens.weight ? at<F>(args.tokens.weight, row) : 1;
             const double soft = soft_weight == 0 ? 0 : soft_weight * sums.loss;
             put<F>(row_loss, row, weight * (soft + hard.loss));
@@ -514,7 +544,7 @@ void topk_distill_rows(const TopKDistillArgs& args, double denominator, void* ro
             for (int64_t i = 0; i < count; ++i) members[i] = double(value(student[entries[i].index]));
         Softmax<double> all = rest;
         for (int64_t i = 0; i < count; ++i) all = fold(all, members[i], inverse_temperature);
-        const HardTerm<T> hard(args.tokens, options, row, student, all);
+        const HardTerm<T> hard(args.tokens, options, row, student, hard_state(args.tokens, options, row, student, all));
         if (out.entropy) put<F>(out.entropy, row, entropy(student, vocab, all, inverse_temperature));
         if (out.agreement) out.agreement[row] = first_equal(student, vocab, all.max) == most_likely(entries, count);
 
@@ -560,6 +590,75 @@ void topk_distill(const TopKDistillArgs& args, double denominator, void* row_los
         case Dtype::kBFloat16: return topk_distill_rows<BFloat16>(args, denominator, row_loss, span);
         case Dtype::kFloat16: return topk_distill_rows<Float16>(args, denominator, row_loss, span);
         case Dtype::kFloat64: return topk_distill_rows<double>(args, denominator, row_loss, span);
+    }
+}
+
+// ---- Rows without a set, of which the caller knows the categories ----
+
+template <class T>
+void outside_rows(const OutsideArgs& args, Span span) {
+    using F = ValueOf<T>;
+    const int64_t vocab = args.vocab;
+    const double inverse_temperature = 1 / args.temperature;
+    const ScaledExp<F> exp(inverse_temperature), exp_at_one(1.0);
+    Entry* const entries = reinterpret_cast<Entry*>(span.scratch);
+    double* const members = reinterpret_cast<double*>(entries + args.k);
+
+    for (int64_t row = span.begin; row < span.end; ++row) {
+        std::byte* const to = args.gradient.data ? row_of(args.gradient, row) : nullptr;
+        if (args.mask && !args.mask[row]) {
+            if (to) std::memset(to, 0, args.width * size_of(args.gradient.dtype));
+            if (args.states) args.states[3 * row] = 0, args.states[3 * row + 1] = args.states[3 * row + 2] = 1;
+            continue;
+        }
+        const T* const x = reinterpret_cast<const T*>(row_of(args.logits, row));
+        int64_t count = 0;
+        for (int64_t place = 0; place < args.k; ++place) {
+            const int64_t index = args.indices[row * args.k + place];
+            if (index < 0 || index >= vocab) continue;
+            entries[count++] = {args.values ? args.values[row * args.k + place] : 0.0, index, place};
+        }
+
+        if (args.states) {
+            const auto fold = [&](double at) {
+                return fold_rest(x, vocab, at, entries, count, members, [](int64_t) {});
+            };
+            const Softmax<double> state = fold(inverse_temperature);
+            args.states[3 * row] = state.max;
+            args.states[3 * row + 1] = state.sum;
+            args.states[3 * row + 2] = inverse_temperature == 1 ? state.sum : fold(1.0).sum;
+        }
+        if (!to) continue;
+
+        const double* const terms = args.exponentials + 4 * row;
+        const F a = F(terms[0]), m = F(terms[1]), b = F(terms[2]), n = F(terms[3]);
+        RowWriter<F> writer(to, args.gradient.dtype, span.stream);
+        int64_t entry = 0;
+        for (int64_t first = 0; first < vocab; first += kBlock) {
+            const int64_t length = minimum(kBlock, vocab - first);
+            const T* const s = x + first;
+            F* const block = writer.block();
+#pragma omp simd
+            for (int64_t i = 0; i < length; ++i) block[i] = weigh(a, exp(value(s[i]) - m));
+            if (b != 0) {
+#pragma omp simd
+                for (int64_t i = 0; i < length; ++i) block[i] += b * exp_at_one(value(s[i]) - n);
+            }
+            for (; entry < count && entries[entry].index < first + length; ++entry)
+                block[entries[entry].index - first] = F(entries[entry].value);
+            writer.write(length);
+        }
+        writer.finish(vocab, args.width);
+    }
+    if (span.stream) finish_streams();
+}
+
+void outside(const OutsideArgs& args, Span span) {
+    switch (args.logits.dtype) {
+        case Dtype::kFloat32: return outside_rows<float>(args, span);
+        case Dtype::kBFloat16: return outside_rows<BFloat16>(args, span);
+        case Dtype::kFloat16: return outside_rows<Float16>(args, span);
+        case Dtype::kFloat64: return outside_rows<double>(args, span);
     }
 }
 
@@ -615,7 +714,7 @@ void widen(float* out, const void* a, const void* b, Dtype dtype, int64_t count,
 #define PYALIGN_NAME(x) PYALIGN_STRING(x)
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    PYALIGN_NAME(PYALIGN_ISA), distill_scratch, distill, topk_distill, topk_scratch, topk, scale, widen,
+    PYALIGN_NAME(PYALIGN_ISA), distill_scratch, distill, topk_distill, topk_scratch, topk, outside, scale, widen,
     logprob_scratch,           logprob};
 
 PYALIGN_END

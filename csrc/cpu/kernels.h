@@ -30,6 +30,7 @@ struct Kernels {
     void (*topk_distill)(const TopKDistillArgs&, double denominator, void* row_loss, Span);
     size_t (*topk_scratch)(const TopKArgs&);
     void (*topk)(const TopKArgs&, Span);
+    void (*outside)(const OutsideArgs&, Span);
     void (*scale)(void* x, Dtype, int64_t begin, int64_t end, double factor);
     // out[0 .. count) = a [+ b] [+ out]; a and b of a 16-bit dtype, b may be null.
     void (*widen)(float* out, const void* a, const void* b, Dtype, int64_t count, bool add);

@@ -10,7 +10,8 @@ void logprob(const LogprobArgs& args, int threads) {
     const int64_t count = args.count, vocab = args.options.vocab;
     for (int64_t row = 0; row < count; ++row) {
         const int64_t target = args.targets[row];
-        if (target != args.ignore_index && (target < 0 || target >= vocab)) refuse("targets", row, target, vocab);
+        if (target == args.ignore_index || target == kElsewhere) continue;
+        if (target < 0 || target >= vocab) refuse("targets", row, target, vocab);
     }
     const bool stream = begin_stream(args.gradient, args.logits, count * vocab);
     parallel(count, grain_of(count, vocab, threads), vocab, kernels().logprob_scratch(args), threads,

@@ -137,6 +137,7 @@ void write_ignored(const LogprobArgs& args, int64_t row) {
     put<F>(args.entropy, row, 0);
     put_state<F>(args.state, row, {0, 1}, 0);
     put<F>(args.row_loss, row, 0);
+    put<F>(args.above, row, 0);
     if (args.gradient.data)
         std::memset(row_of(args.gradient, row), 0,
                     static_cast<size_t>(args.options.vocab) * size_of(args.gradient.dtype));
@@ -147,6 +148,8 @@ int64_t next_counted(const LogprobArgs& args, int64_t row, int64_t end) {
         if (args.targets[row] != args.ignore_index) return row;
     return -1;
 }
+
+bool keeps_exponentials(const LogprobArgs& args) { return args.row_loss && args.gradient.data && !args.given_state; }
 
 // What a row's fold comes to. `distance` and `above` are there where they were asked for.
 struct Folded {
@@ -166,7 +169,7 @@ class LogprobRows {
           inverse_temperature_(1 / args.options.temperature),
           exp_(inverse_temperature_),
           softcap_(args.options.softcap) {
-        if (args.row_loss && args.gradient.data) kept_ = KeptRow<F>::in(span.scratch, args.options.vocab);
+        if (keeps_exponentials(args)) kept_ = KeptRow<F>::in(span.scratch, args.options.vocab);
     }
 
     void run() {
@@ -187,7 +190,7 @@ class LogprobRows {
     void one(int64_t row, const T* logits, int64_t target) {
         const LogprobOptions& options = args_.options;
         F ignored_slope;
-        const F logit = value(logits[target]);
+        const F logit = value(logits[target == kElsewhere ? 0 : target]);
         const F y = softcap_.caps() ? capped_at(softcap_, logit, &ignored_slope) : logit;
 
         // Fold
@@ -206,7 +209,8 @@ class LogprobRows {
         // Finish
         put<F>(args_.logprob, row, result.logprob(double(y)));
         put<F>(args_.entropy, row, entropy);
-        put_state<F>(args_.state, row, {result.max, result.sum}, entropy);
+        put_state<F>(args_.state, row, folded.state.softmax, entropy);
+        put<F>(args_.above, row, folded.above * inverse_temperature_);
         if (args_.row_loss) {
             const double above = folded.above * inverse_temperature_ / double(options.vocab);
             put<F>(args_.row_loss, row,
@@ -229,7 +233,7 @@ class LogprobRows {
         Folded folded;
         DistanceFold<F> with_distances(inverse_temperature_);
         RowFold<F> plain(inverse_temperature_);
-        const bool distances = wants_entropy(), aboves = args_.options.label_smoothing > 0;
+        const bool distances = wants_entropy(), aboves = args_.options.label_smoothing > 0 || args_.above;
         // Nothing but a read of the row, and memory is what takes the time: 16-bit entries are bound by arithmetic.
         const bool lines = !args_.gradient.data && !softcap_.caps() && sizeof(T) > 2;
         for (int64_t first = 0; first < args_.options.vocab; first += kBlock) {
@@ -262,7 +266,7 @@ class LogprobRows {
         if (args_.row_loss) {
             const double factor = args_.factor ? at<F>(args_.factor, 0) : 1;
             return factor * cross_entropy_slope(result, args_.options.label_smoothing, args_.options.z_loss,
-                                                double(args_.options.vocab));
+                                                double(args_.options.whole_vocab));
         }
         return logprob_slope(args_.upstream_logprob ? at<F>(args_.upstream_logprob, row) : 0.0,
                              args_.upstream_entropy ? at<F>(args_.upstream_entropy, row) : 0.0, entropy);
@@ -321,7 +325,7 @@ void logprob(const LogprobArgs& args, Span span) {
 }
 
 size_t logprob_scratch(const LogprobArgs& args) {
-    if (!args.row_loss || !args.gradient.data) return 0;
+    if (!keeps_exponentials(args)) return 0;
     const int64_t vocab = args.options.vocab;
     return args.logits.dtype == Dtype::kFloat64 ? KeptRow<double>::bytes(vocab) : KeptRow<float>::bytes(vocab);
 }

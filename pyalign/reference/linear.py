@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyalign._linear import Projection, Settings, cut
+from pyalign._linear import Projection, Settings
+from pyalign._shards import copied, whole_vocabulary
 from pyalign._types import LogprobResults, Options, Results, Tokens
 from pyalign.reference import distill as _distill
 from pyalign.reference import logprob as _logprob
@@ -15,9 +16,13 @@ from pyalign.reference import logprob as _logprob
 def project(side: Projection, settings: Settings, counted: Tensor | None = None) -> Tensor:
     """softcap(hidden @ weight.T + bias), operands rounded to the dtype of the products and multiplied in the logits'.
 
-    What lies in hidden states of tokens that don't count never meets a gradient.
+    What lies in hidden states of tokens that don't count never meets a gradient. Of a vocabulary that is split over
+    ranks, all logits are gathered.
     """
     hidden, weight, bias, softcap = side
+    shards = settings.shards
+    if shards is not None:
+        hidden = copied(hidden, shards)
     if counted is not None:
         hidden = torch.where(counted[:, None], hidden, 0.0)
     if settings.gemm_dtype is not None:
@@ -25,7 +30,8 @@ def project(side: Projection, settings: Settings, counted: Tensor | None = None)
     dtype = settings.logits_dtype
     with torch.autocast(hidden.device.type, enabled=False):
         logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    return logits if shards is None else whole_vocabulary(logits, shards)
 
 
 def linear_distill(
@@ -36,8 +42,8 @@ def linear_distill(
     counted = _distill.counted_tokens(tokens, count, device)
     with torch.no_grad():
         matched = None if tokens.teacher_rows is not None else counted
-        other = project(cut(teacher, options.vocab), settings, matched)
-    logits = project(cut(student, options.vocab), settings, counted)
+        other = project(teacher, settings, matched)
+    logits = project(student, settings, counted)
     return _distill.distill(logits, other, tokens, options, want_metrics=want_metrics)
 
 
@@ -51,7 +57,7 @@ def linear_topk_distill(
 ) -> Results:
     """Divergence of a projection from a teacher's stored entries, differentiable in the projection."""
     counted = _distill.counted_tokens(tokens, student.hidden.shape[0], student.hidden.device)
-    logits = project(cut(student, options.vocab), settings, counted)
+    logits = project(student, settings, counted)
     return _distill.topk_distill(logits, *teacher, tokens, options, want_metrics=want_metrics)
 
 
