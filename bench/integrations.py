@@ -2,8 +2,9 @@
 
 A step is a trainer's loss and its gradients for one batch, without the optimizer and without generation. The model is
 small (two layers) and its vocabulary isn't (32,768): logits are most of the memory, as in a large model, but the head's
-products are a larger share of the time than there. Peak memory is taken in a process of its own for each case: what a
-step holds beyond the models, gradients included.
+products are a larger share of the time than there. Half of each row is prompt, whose labels are -100: on a CPU, TRL's
+DPO projects it all the same; on a GPU it doesn't, and pyalign's doesn't on either. Peak memory is what a step holds
+beyond the models, gradients included, in a process of its own for each case.
 """
 
 from __future__ import annotations

@@ -50,13 +50,13 @@ __all__ = [
     "causal_lm_loss_func",
 ]
 
-IGNORED = -100  # transformers' label of tokens that don't count
+_IGNORED = -100  # transformers' label of tokens that don't count
 
 
 # ---- Cross-entropy from logits ----
 
 
-def shifted(labels: Tensor, ignore_index: int = IGNORED) -> Tensor:
+def _shifted(labels: Tensor, ignore_index: int = _IGNORED) -> Tensor:
     """(..., S) labels to (..., S) targets: position i holds label i + 1, the last one nothing that counts.
 
     So the logits needn't be cut (their last row isn't read), and nothing of their size is copied.
@@ -81,7 +81,7 @@ def causal_lm_loss(
     labels: Tensor | None,
     vocab_size: int,
     num_items_in_batch: int | Tensor | None = None,
-    ignore_index: int = IGNORED,
+    ignore_index: int = _IGNORED,
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
@@ -114,7 +114,7 @@ def causal_lm_loss(
     if shift_labels is None:
         if labels is None:
             _checks.refuse("labels", None, "the token ids to predict, or shift_labels=")
-        shift_labels = shifted(labels, ignore_index)
+        shift_labels = _shifted(labels, ignore_index)
     targets = shift_labels.to(logits.device)
     total = -token_logprobs(logits, targets, ignore_index=ignore_index).sum()
     return _divided(total, num_items_in_batch, targets != ignore_index)
@@ -154,7 +154,7 @@ def _logits(outputs: Any) -> Tensor:
 # ---- The head, apart from its model ----
 
 
-class Head(NamedTuple):
+class _Head(NamedTuple):
     """A linear head: its logits are softcap(hidden @ weight.T + bias)."""
 
     weight: Tensor  # (V, H)
@@ -166,7 +166,7 @@ _MARK = 1.0  # what a model must not change on its way from the head to ``output
 
 
 @contextlib.contextmanager
-def _in_place_of_head(model: Any, function: Callable[[Tensor, Head], Tensor]) -> Generator[None]:
+def _in_place_of_head(model: Any, function: Callable[[Tensor, _Head], Tensor]) -> Generator[None]:
     """Within it, the model's head gives ``function(hidden, head)`` in place of logits.
 
     So what needs the hidden states and the head is computed inside the model's own forward: under DDP, autocast and
@@ -183,7 +183,7 @@ def _in_place_of_head(model: Any, function: Callable[[Tensor, Head], Tensor]) ->
     softcap: float | None = getattr(config, "final_logit_softcapping", None)
 
     def forward(hidden: Tensor) -> Tensor:
-        result = function(hidden, Head(head.weight, head.bias, softcap))
+        result = function(hidden, _Head(head.weight, head.bias, softcap))
         return torch.stack([result, torch.full_like(result, _MARK)]).reshape(1, 1, 2)  # as (B, S, V)
 
     vars(head)["forward"] = forward
@@ -217,7 +217,7 @@ class _CountedLoss(_Trainer):
     The Trainer itself counts ``labels`` alone, and only where a batch has them.
     """
 
-    loss_is_scaled_for_ga = True  # transformers 5.2 and later
+    loss_is_scaled_for_ga = True  # in all of a step's batches; see also the end of __init__
     _columns: tuple[str, ...] = ()  # of a dataset, besides what the model takes: for the collator
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -236,7 +236,7 @@ class _CountedLoss(_Trainer):
             size = getattr(self, f"get_{kind}_size")()
             if size > 1:
                 _checks.refuse("args", f"{kind} parallelism of {size}", "data parallelism alone")
-        self.model_accepts_loss_kwargs = True  # before transformers 5.2: the loss is divided already
+        self.model_accepts_loss_kwargs = True  # what tells the first releases of transformers 5 the same
 
     def _count(self, batch: Mapping[str, Any]) -> Tensor:
         """() int64, the number of items in a batch."""
@@ -306,7 +306,7 @@ def _labels_and_targets(inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]
     if shift_labels is None:
         if labels is None:
             _checks.refuse("inputs", ", ".join(inputs), "labels, or shift_labels, among them")
-        shift_labels = shifted(labels)
+        shift_labels = _shifted(labels)
     return shift_labels, inputs
 
 
@@ -337,7 +337,7 @@ class LinearCrossEntropyMixin(_CountedLoss):
         self._head_is_known = False
 
     def _count(self, batch: Mapping[str, Any]) -> Tensor:
-        return (_labels_and_targets(dict(batch))[0] != IGNORED).sum()
+        return (_labels_and_targets(dict(batch))[0] != _IGNORED).sum()
 
     def _loss(self, model: Any, inputs: dict[str, Any], num_items: Tensor | int | None) -> tuple[Tensor, Any]:
         targets, inputs = _labels_and_targets(inputs)
@@ -345,7 +345,7 @@ class LinearCrossEntropyMixin(_CountedLoss):
         if getattr(unwrapped.config.get_text_config(), "output_router_logits", False):
             _checks.refuse("output_router_logits", True, "False: the auxiliary loss of experts isn't added")
 
-        def loss(hidden: Tensor, head: Head) -> Tensor:
+        def loss(hidden: Tensor, head: _Head) -> Tensor:
             return linear_cross_entropy(
                 hidden,
                 head.weight,
@@ -446,7 +446,7 @@ class DistillationMixin(_CountedLoss):
 
     def _count(self, batch: Mapping[str, Any]) -> Tensor:
         tokens = self._split(batch)[2]
-        return (tokens["teacher_rows"] >= 0 if "teacher_rows" in tokens else tokens["labels"] != IGNORED).sum()
+        return (tokens["teacher_rows"] >= 0 if "teacher_rows" in tokens else tokens["labels"] != _IGNORED).sum()
 
     def _loss(self, model: Any, inputs: dict[str, Any], num_items: Tensor | int | None) -> tuple[Tensor, Any]:
         student, teacher, tokens = self._split(inputs)
@@ -457,10 +457,10 @@ class DistillationMixin(_CountedLoss):
             outputs = model(**student)
             return distillation_loss(_logits(outputs), teacher_logits, **options), outputs
 
-        found: list[tuple[Tensor, Head]] = []
+        found: list[tuple[Tensor, _Head]] = []
         check = not self._heads_are_known
 
-        def keep(hidden: Tensor, head: Head) -> Tensor:
+        def keep(hidden: Tensor, head: _Head) -> Tensor:
             found.append((hidden, head))
             return hidden.new_zeros((), dtype=torch.float32)
 
@@ -469,7 +469,7 @@ class DistillationMixin(_CountedLoss):
             _from_head(self.teacher_model(**teacher), unwrapped_teacher, check)
         ((teacher_hidden, teacher_head),) = found
 
-        def loss(hidden: Tensor, head: Head) -> Tensor:
+        def loss(hidden: Tensor, head: _Head) -> Tensor:
             return linear_distillation_loss(
                 hidden,
                 head.weight,
