@@ -1,184 +1,101 @@
-"""Trainers with and without pyalign: `pytest bench/integrations.py`, or `python bench/integrations.py` for a table.
+"""Benchmarks of adapters beside the formulas that they stand in for: `pytest bench/integrations.py`.
 
-A step is a trainer's loss and its gradients for one batch, without the optimizer and without generation. The model is
-small (two layers) and its vocabulary isn't (32,768): logits are most of the memory, as in a large model, but the head's
-products are a larger share of the time than there. Half of each row is prompt, whose labels are -100: on a CPU, TRL's
-DPO projects it all the same; on a GPU it doesn't, and pyalign's doesn't on either. Peak memory is what a step holds
-beyond the models, gradients included, in a process of its own for each case.
+Each case runs forward and backward in turns with the project's formula in plain torch, float32, losses summed.
+Bytes are those that the loss must move (read student, write gradient: 2 x logits).
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import os
-import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
+from torch import Tensor
 
-from pyalign.benchmark import peak_extra_memory, seconds
-
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
-]
+from pyalign.benchmark import copy_function, figures, interleaved, kept_memory
+from pyalign.integrations.distillkit import sparse_kl_div
+from pyalign.integrations.megatron import topk_kl_div
+from pyalign.integrations.verl import compute_forward_kl_topk
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-VOCAB, WIDTH, ROWS, LENGTH = 32768, 256, 8, 128
-WAYS = {
-    "causal_lm": ("transformers", "pyalign", "pyalign from hidden states"),
-    "reward": ("TRL", "pyalign"),
-    "dpo": ("TRL", "pyalign"),
-    "gkd": ("TRL", "pyalign"),
-    "distillation": ("TRL", "pyalign"),
-}
 
 
-class Case:
-    """A trainer, and a step of it."""
+def measure(benchmark: Any, student: Tensor, ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor]):
+    def step(loss: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            student.grad = None
+            loss(student).sum().backward()
 
-    def __init__(self, kind: str, way: str, small: bool):
-        sys.path.insert(0, str(Path(__file__).parent / "examples"))
-        import tiny
+        return run
 
-        sys.path.pop(0)
-        self.kind, self.way = kind, way
-        vocab, width, rows, length = (300, 32, 4, 16) if small else (VOCAB, WIDTH, ROWS, LENGTH)
-        sizes = {"vocab_size": vocab, "hidden_size": width}
-        settings = {**tiny.SETTINGS, "output_dir": tempfile.mkdtemp(), "disable_tqdm": True}
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(3, vocab, (rows, length), generator=generator)
-        # The first half of each row is the prompt.
-        answer = (torch.arange(length) >= length // 2).long().expand(rows, -1).contiguous()
-        labels = ids.masked_fill(answer == 0, -100)
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        common = {"processing_class": tiny.tokenizer()}
-        if kind == "causal_lm":
-            from transformers import Trainer, TrainingArguments
-
-            from pyalign.integrations.transformers import LinearCrossEntropyMixin, causal_lm_loss_func
-
-            class LinearTrainer(LinearCrossEntropyMixin, Trainer): ...
-
-            make = LinearTrainer if "hidden" in way else Trainer
-            options = {"compute_loss_func": causal_lm_loss_func} if way == "pyalign" else {}
-            self.trainer = make(tiny.language_model(**sizes), TrainingArguments(**settings), **options)
-            batch["labels"] = labels
-        else:
-            self.trainer = self._of_trl(kind, tiny, sizes, settings, common)
-            if kind == "dpo":
-                batch["completion_mask"] = answer
-            elif kind == "gkd":
-                batch["labels"] = labels
-            elif kind == "distillation":
-                half = length // 2
-                batch = {
-                    "prompt_ids": ids[:, :half],
-                    "prompt_mask": torch.ones_like(ids[:, :half]),
-                    "completion_ids": ids[:, half:],
-                    "completion_mask": torch.ones_like(ids[:, half:]),
-                }
-        self.batch = {name: x.to(self.trainer.args.device) for name, x in batch.items()}
-        self.model = self.trainer.model.train()
-
-    @staticmethod
-    def _of_trl(kind: str, tiny: Any, sizes: Any, settings: Any, common: Any) -> Any:
-        import trl
-        from datasets import Dataset
-
-        pairs = {"prompt": tiny.QUESTIONS, "chosen": tiny.ANSWERS, "rejected": tiny.OTHERS}
-        if kind == "reward":
-            data = Dataset.from_dict({name: pairs[name] for name in ("chosen", "rejected")})
-            model = tiny.reward_model(**sizes)
-            return trl.RewardTrainer(model=model, args=trl.RewardConfig(**settings), train_dataset=data, **common)
-        model, other = tiny.language_model(**sizes), tiny.language_model(seed=1, **sizes)
-        if kind == "dpo":
-            args, data = trl.DPOConfig(**settings), Dataset.from_dict(pairs)
-            return trl.DPOTrainer(model=model, ref_model=other, args=args, train_dataset=data, **common)
-        data = Dataset.from_dict({"prompt": tiny.QUESTIONS})
-        if kind == "distillation":
-            args = trl.DistillationConfig(beta=0.5, **settings)
-            return trl.DistillationTrainer(model=model, teacher_model=other, args=args, train_dataset=data, **common)
-        from trl.experimental.gkd import GKDConfig, GKDTrainer
-
-        args = GKDConfig(beta=0.5, **settings)
-        return GKDTrainer(model=model, teacher_model=other, args=args, train_dataset=data, **common)
-
-    def applied(self) -> contextlib.AbstractContextManager[Any]:
-        if self.kind == "causal_lm" or self.way == "TRL":
-            return contextlib.nullcontext()
-        from pyalign.integrations.trl import apply_pyalign_to_trl
-
-        return apply_pyalign_to_trl([self.kind])
-
-    def step(self) -> None:
-        self.model.zero_grad()
-        self.trainer.compute_loss(self.model, dict(self.batch), num_items_in_batch=None).backward()
-
-
-def peak_memory(kind: str, way: str) -> float:
-    """MiB, from a process of its own."""
-    command = [sys.executable, __file__, "--case", kind, "--way", way]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(result.stdout.splitlines()[-1])
-
-
-def measure(kind: str, rounds: int = 5) -> dict[str, dict[str, float]]:
-    """By way, milliseconds (in turns) and MiB."""
-    found: dict[str, dict[str, float]] = {way: {"MiB": peak_memory(kind, way)} for way in WAYS[kind]}
-    cases = {way: Case(kind, way, small=False) for way in WAYS[kind]}
-    times: dict[str, list[float]] = {way: [] for way in cases}
-    for round_ in range(rounds + 1):
-        for way, case in cases.items():
-            with case.applied():
-                time = seconds(case.step, DEVICE)
-            if round_ > 0:
-                times[way].append(time)
-    for way, values in times.items():
-        found[way]["ms"] = statistics.median(values) * 1e3
-    return found
-
-
-@pytest.mark.parametrize("kind", list(WAYS))
-def test_trainer(benchmark: Any, kind: str) -> None:
-    pytest.importorskip("transformers" if kind == "causal_lm" else "trl")
-    cases = [Case(kind, way, small=True) for way in WAYS[kind]]
-    for case in cases:
-        with case.applied():
-            case.step()
-    if not benchmark.disabled:
-        for way, figures in measure(kind).items():
-            benchmark.extra_info |= {f"{way} {unit}": value for unit, value in figures.items()}
-        cases = [Case(kind, WAYS[kind][-1], small=False)]
-    with cases[-1].applied():
-        benchmark.pedantic(cases[-1].step, rounds=3, warmup_rounds=1)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", choices=list(WAYS))
-    parser.add_argument("--way")
-    arguments = parser.parse_args()
-    if arguments.way is None:
-        for kind in WAYS if arguments.case is None else [arguments.case]:
-            for way, figures in measure(kind).items():
-                print(f"{kind:13} {way:28} {figures['ms']:7.0f} ms {figures['MiB']:7.0f} MiB", flush=True)
+    functions = {"pyalign": step(ours), "eager": step(theirs)}
+    if benchmark.disabled:
+        functions["eager"]()
+        benchmark(functions["pyalign"])
         return
-    for small in (True, False):  # the first loads code, starts threads
-        case = Case(arguments.case, arguments.way, small)
-        with case.applied():
-            step: Callable[[], None] = case.step
-            peak = peak_extra_memory(step, DEVICE)
-    print(peak / 2**20)
+    copy, copy_bytes = copy_function(student.detach())
+    with kept_memory(48 * student.numel()) if DEVICE.type == "cpu" else contextlib.nullcontext():
+        times = interleaved({**functions, "copy": copy}, DEVICE)
+        benchmark.pedantic(functions["pyalign"], rounds=5, warmup_rounds=1)
+    benchmark.extra_info.update(figures(times, 8 * student.numel(), copy_bytes))
 
 
-if __name__ == "__main__":
-    main()
+def inputs(small: bool, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(N, V) logits that require grad; (N, k) log-probs and ids."""
+    rows, vocab = (8, 1000) if small else (8192, 128256) if DEVICE.type == "cuda" else (1024, 32000)
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(rows, vocab, device=DEVICE) for _ in range(2))
+    top = torch.log_softmax(2.0 * teacher, -1).topk(k, -1)
+    return student.requires_grad_(), top.values, top.indices
+
+
+def test_verl_compute_forward_kl_topk(benchmark: Any) -> None:
+    """With the figures beside the loss."""
+    student, logprobs, ids = inputs(benchmark.disabled, 128)
+    offsets = torch.tensor([0, ids.shape[0]], device=DEVICE)
+    nested = [torch.nested.nested_tensor_from_jagged(x, offsets=offsets) for x in (logprobs, ids)]
+    config: Any = SimpleNamespace(distillation_loss=SimpleNamespace(log_prob_min_clamp=None))
+
+    def theirs(x: Tensor) -> Tensor:
+        log_q_all = torch.log_softmax(x, -1)
+        own = log_q_all.topk(128, -1).indices
+        log_q = log_q_all.gather(-1, ids)
+        token_kl = logprobs.exp() * (logprobs - log_q)
+        overlap = (ids.unsqueeze(-1) == own.unsqueeze(-2)).any(-1)
+        (-token_kl * overlap).sum(-1)
+        log_q.exp().sum(-1)
+        return token_kl.sum(-1)
+
+    def ours(x: Tensor) -> Tensor:
+        return compute_forward_kl_topk(x[None], *nested, config, "thd")["distillation_losses"]
+
+    measure(benchmark, student, ours, theirs)
+
+
+def test_megatron_topk_kl_div(benchmark: Any) -> None:
+    student, logprobs, ids = inputs(benchmark.disabled, 64)
+
+    def theirs(x: Tensor) -> Tensor:
+        shifted = x - x.detach().amax(-1, keepdim=True)
+        log_q = (shifted - shifted.exp().sum(-1, keepdim=True).log()).gather(-1, ids)
+        rest = [(1.0 - y.exp().sum(-1, keepdim=True)).clamp(min=1e-8).log() for y in (logprobs, log_q)]
+        p, q = torch.cat([logprobs, rest[0]], -1), torch.cat([log_q, rest[1]], -1)
+        return (p.exp() * (p - q)).sum(-1)
+
+    def ours(x: Tensor) -> Tensor:
+        return topk_kl_div(x[:, None], logprobs[:, None], ids[:, None], 1, 0, None, add_ghost_token=True)
+
+    measure(benchmark, student, ours, theirs)
+
+
+def test_distillkit_sparse_kl_div(benchmark: Any) -> None:
+    student, logprobs, ids = inputs(benchmark.disabled, 32)
+
+    def theirs(x: Tensor) -> Tensor:
+        log_q = x.gather(-1, ids) - x.logsumexp(-1, keepdim=True)
+        log_p = torch.log_softmax(logprobs, -1)
+        return (log_p.exp() * (log_p - log_q)).sum()
+
+    measure(benchmark, student, lambda x: sparse_kl_div(x[None], ids[None], logprobs[None]), theirs)

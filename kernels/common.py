@@ -14,9 +14,9 @@ ones find the row in the L2 cache, as far as it fits, and alternate their direct
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -320,6 +320,11 @@ def check_dtype(name: str, x: Tensor) -> None:
         )
 
 
+def _quiet_interpreter() -> Any:
+    """The interpreter computes with its NumPy, which would warn of every -inf - -inf that a select drops."""
+    return importlib.import_module("triton.runtime.interpreter").np.errstate(all="ignore")
+
+
 def launch(kernel: Any, programs: int, warps: int, **arguments: Any) -> None:
     """Runs ``kernel`` on the device of its tensors, if there is anything to run."""
     device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
@@ -327,9 +332,7 @@ def launch(kernel: Any, programs: int, warps: int, **arguments: Any) -> None:
         raise RuntimeError("the Triton kernels got CPU tensors: those need TRITON_INTERPRET=1 in the environment")
     if programs == 0:
         return
-    # The interpreter computes with NumPy, which would warn of every -inf - -inf that a select drops.
-    context = np.errstate(all="ignore") if device.type == "cpu" else torch.get_device_module(device).device(device)
-    with context:
+    with _quiet_interpreter() if device.type == "cpu" else torch.get_device_module(device).device(device):
         kernel[(programs,)](**arguments, num_warps=warps, enable_fp_fusion=True)
 
 

@@ -47,7 +47,7 @@ from pyalign import _linear
 from pyalign.distributed import global_num_items
 
 GetPool = Callable[[int], Pool]
-SHARES = {2: (2, 7), 3: (1, 5, 3)}  # of the units, by rank
+SHARES = {2: (2, 7), 3: (0, 5, 4)}  # units of each rank
 
 
 def of_rank(x: Batch) -> Batch:
@@ -59,12 +59,12 @@ def of_rank(x: Batch) -> Batch:
 DTYPES = {torch.float64: 1e-13, torch.float32: 2e-6}
 
 
-def outside(model: Any, head: Callable[[], Any], name: str) -> Callable[[Batch, Tensor | None], Tensor]:
-    """The step of a loss that is called after the model's forward, on the head that it then has."""
+def outside(model: Any, head: nn.Linear, name: str) -> Callable[[Batch, Tensor | None], Tensor]:
+    """The step of a loss that is called after the model's forward, on the parameters that its head then has."""
 
     def step(x: Batch, n: Tensor | None) -> Tensor:
         output = model(x.ids)
-        return LOSSES[name].function(output, head(), x, n)
+        return LOSSES[name].function(output, head, x, n)
 
     return step
 
@@ -81,20 +81,21 @@ def shard(model: Model) -> Model:
 
 def wrap(wrapper: str, model: Model, name: str) -> Callable[[Batch, Tensor | None], Tensor]:
     if wrapper == "ddp":
-        return outside(DistributedDataParallel(model), lambda: model.head, name)
+        return outside(DistributedDataParallel(model), model.head, name)
     if wrapper == "ddp, loss inside":
         return DistributedDataParallel(Step(model, name))
     if wrapper == "fsdp":
-        return outside(shard(model), lambda: model.head, name)
+        return outside(shard(model), model.head, name)
     if wrapper == "fsdp, head of the root":
-        return outside(fully_shard(model), lambda: model.head, name)
+        return outside(fully_shard(model), model.head, name)
     if wrapper == "fsdp, root resharded":
-        return outside(fully_shard(model, reshard_after_forward=True), lambda: model.head, name)
+        return outside(fully_shard(model, reshard_after_forward=True), model.head, name)
     if wrapper == "fsdp, loss inside":
         return fully_shard(Step(model, name))
     raise ValueError(wrapper)
 
 
+KINDS = ("distillation", "linear_distillation", "linear_cross_entropy", "policy_gradient", "pairwise", "ranked", "dpo")
 WRAPPERS = ("ddp", "ddp, loss inside", "fsdp", "fsdp, head of the root", "fsdp, root resharded", "fsdp, loss inside")
 
 
@@ -136,10 +137,14 @@ def compare(pool: Pool, wrapper: str, name: str, tied: bool = False, silent: int
             assert_same(ours, theirs, 8 * bound)
 
 
-@pytest.mark.parametrize(
-    ("wrapper", "size"), [*((wrapper, 2) for wrapper in WRAPPERS), ("ddp", 3), ("fsdp", 3)], ids=str
-)
-@pytest.mark.parametrize("name", LOSSES)
+# What DDP and FSDP2 do to each loss, and what the ways to wrap a model do to one of each kind.
+CASES = [
+    *((wrapper, name, size) for wrapper in ("ddp", "fsdp") for name in LOSSES for size in SHARES),
+    *((wrapper, name, 2) for wrapper in WRAPPERS if wrapper not in ("ddp", "fsdp") for name in KINDS),
+]
+
+
+@pytest.mark.parametrize(("wrapper", "name", "size"), CASES, ids=str)
 def test_gradients_of_ragged_ranks_are_those_of_one_process(pool: GetPool, wrapper: str, name: str, size: int):
     compare(pool(size), wrapper, name)
 
@@ -379,6 +384,36 @@ def test_a_step_with_a_sharded_head_and_global_count_compiles_as_one_graph(pool:
         torch.testing.assert_close(compiled, eager)
 
 
+def compiled_steps(wrapper: str, name: str) -> list[dict[str, Tensor]]:
+    """Gradients of two steps of a compiled module under DDP or FSDP2."""
+    warnings.simplefilter("ignore")  # torch.compile's own
+    torch._dynamo.reset()
+    step = Step(Model(LOSSES[name].reads, torch.float64), name)
+    if wrapper == "ddp":
+        module: Any = torch.compile(DistributedDataParallel(step), backend="aot_eager")
+    else:
+        shard(step.model)
+        fully_shard(step)
+        module = torch.compile(step, backend="aot_eager")
+    x, found = of_rank(batch(torch.float64)), []
+    items = global_num_items(LOSSES[name].count(x))
+    for _ in range(2):
+        step.zero_grad()
+        (dist.get_world_size() * module(x, items)).backward()
+        found.append({key: y.clone() for key, y in gradients(step.model).items()})
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["linear_distillation", "pairwise", "dpo"])
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_compiled_modules_under_ddp_and_fsdp(pool: GetPool, wrapper: str, name: str):
+    _, theirs = one_process(name)
+    for steps in pool(2).run(compiled_steps, wrapper, name):
+        for ours in steps:
+            assert_same(ours, theirs, 1e-12)
+
+
 def frozen_sharded_teacher() -> tuple[Tensor, Tensor]:
     mesh = init_device_mesh("cpu", (2,))
     x, model = batch(torch.float64), Model("hidden", torch.float64)
@@ -479,17 +514,17 @@ def refusals() -> list[str]:
     mesh = init_device_mesh("cpu", (2,))
     hidden, weight = torch.zeros(4, 3), torch.zeros(6, 3)
     targets = torch.zeros(4, dtype=torch.int64)
-    replicated = distribute_tensor(hidden, mesh, [Replicate()])
+    sharded = distribute_tensor(hidden, mesh, [Shard(0)])
     partial = DTensor.from_local(weight, mesh, [Partial()])
     messages: list[str] = []
     for call in (
-        lambda: pyalign.linear_cross_entropy(replicated, weight, targets),
+        lambda: pyalign.linear_cross_entropy(sharded, weight, targets),
         lambda: pyalign.linear_token_logprobs(hidden, partial, targets),
-        lambda: pyalign.linear_distillation_loss(hidden, weight, replicated, weight),
+        lambda: pyalign.linear_distillation_loss(hidden, weight, sharded, weight),
         lambda: pyalign.linear_distillation_loss(hidden, weight, hidden, partial),
         lambda: pyalign.reward_scores(hidden[None], partial),
     ):
-        with pytest.raises(TypeError) as error:
+        with pytest.raises((TypeError, ValueError)) as error:
             call()
         messages.append(str(error.value))
     return messages
@@ -497,11 +532,10 @@ def refusals() -> list[str]:
 
 def test_what_is_neither_a_head_nor_a_ranks_tokens_is_refused_by_name(pool: GetPool):
     for messages in pool(2).run(refusals):
-        assert [x.partition(":")[0] for x in messages] == [
-            "hidden", "weight", "teacher_hidden", "teacher_weight", "head_weight",
-        ]  # fmt: skip
-        assert "wanted this rank's tokens as a plain tensor" in messages[0]
-        assert "Partial" in messages[1]
+        names = ("hidden", "weight", "teacher_hidden", "teacher_weight", "head_weight")
+        for name, message in zip(names, messages, strict=True):
+            assert message.startswith(f"{name}: got a DTensor with placements")
+            assert "plain tensor" in message
 
 
 def sharded_scores() -> list[str]:

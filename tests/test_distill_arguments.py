@@ -75,8 +75,8 @@ WRONG = [
     (dense(hard_weight=1.1), ValueError, "hard_weight: got 1.1; wanted 0 <= hard_weight <= 1"),
     (dense(hard_weight=math.nan), ValueError, "hard_weight: got nan; wanted 0 <= hard_weight <= 1"),
     (dense(hard_weight=0.5), ValueError, "targets: got None; wanted token ids, because hard_weight is 0.5"),
-    (dense(process_group=object()), NotImplementedError, "process_group: vocabulary-parallel losses are not available"),
-    (top(process_group=object()), NotImplementedError, "process_group: vocabulary-parallel losses are not available"),
+    (dense(process_group=object()), TypeError, "process_group: got object; wanted a torch.distributed process group"),
+    (top(process_group=object()), TypeError, "process_group: got object; wanted a torch.distributed process group"),
     # Tensors with one entry per token
     (dense(mask=[True]), TypeError, "mask: got list; wanted a tensor"),
     (dense(mask=ROWS[0] > 0), ValueError, "mask: got shape (3,); wanted (2, 3), one per token (nothing is broadcast)"),
@@ -281,7 +281,7 @@ def test_modules_have_no_parameters_and_show_their_options():
 def test_every_option_of_the_functions_is_one_of_the_modules_or_of_their_call():
     import inspect
 
-    given = {"mask", "labels", "teacher_rows", "weight", "targets", "num_items", "return_metrics", "process_group"}
+    given = {"mask", "labels", "teacher_rows", "weight", "targets", "num_items", "return_metrics"}
     for function, module in ((distillation_loss, DistillationLoss), (topk_distillation_loss, TopKDistillationLoss)):
         options = {x.name for x in inspect.signature(function).parameters.values() if x.kind is x.KEYWORD_ONLY}
         fixed = set(inspect.signature(module).parameters)

@@ -106,10 +106,10 @@ WRONG = [
     (logprobs(targets=ROWS.float()), TypeError, "targets: got torch.float32; wanted an integer dtype"),
     (entropy(targets=[0]), TypeError, "targets: got list; wanted a tensor"),
     # What is not there
-    (dense(process_group=object()), NotImplementedError, "process_group: vocabulary-parallel losses are not available"),
-    (top(process_group=object()), NotImplementedError, "process_group: vocabulary-parallel losses are not available"),
-    (entropy(process_group=object()), NotImplementedError, "process_group: vocabulary-parallel losses are not available"),
-    (logprobs(process_group=object()), NotImplementedError, "process_group: vocabulary-parallel losses are not available"),
+    (dense(process_group=object()), TypeError, "process_group: got object; wanted a torch.distributed process group"),
+    (top(process_group=object()), TypeError, "process_group: got object; wanted a torch.distributed process group"),
+    (entropy(process_group=object()), TypeError, "process_group: got object; wanted a torch.distributed process group"),
+    (logprobs(process_group=object()), TypeError, "process_group: got object; wanted a torch.distributed process group"),
 ]  # fmt: skip
 
 

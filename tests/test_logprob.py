@@ -593,7 +593,12 @@ TOKEN = [
     ((X, T), {"softcap": -1}, ValueError, "softcap: got -1; wanted None or a finite number > 0"),
     ((X, T), {"softcap": math.inf}, ValueError, "softcap: got inf; wanted None or a finite number > 0"),
     ((X, T), {"softcap": True}, ValueError, "softcap: got True; wanted None or a finite number > 0"),
-    ((X, T), {"process_group": object()}, NotImplementedError, "process_group: vocabulary-parallel losses are not"),
+    (
+        (X, T),
+        {"process_group": object()},
+        TypeError,
+        "process_group: got object; wanted a torch.distributed process group",
+    ),
 ]
 SEQUENCE = [
     (([1.0],), {}, TypeError, "token_logprobs: got list; wanted a tensor"),

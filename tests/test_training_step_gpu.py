@@ -39,7 +39,7 @@ def test_a_captured_step_trains_like_an_eager_one(engine: Engine, name: str):
         torch.cuda.current_stream().wait_stream(stream)
         twin = copy.deepcopy(step)
         other = torch.optim.AdamW(twin.parameters(), lr=1e-2, capturable=True)
-        other.load_state_dict(optimizer.state_dict())
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # which shares no tensor
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):  # to wait for the GPU would be an error
             loss = train(given, step, optimizer)

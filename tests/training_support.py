@@ -98,13 +98,17 @@ def counted_pairs(x: Batch) -> Tensor:
     return x.mask.sum()
 
 
+def better(x: Batch) -> Tensor:
+    """(U, K, K), whether i is ranked above j."""
+    return (x.ranks[:, :, None] < x.ranks[:, None, :]) & (x.ranks[:, :, None] >= 0)
+
+
 def ranked_pairs(x: Batch) -> Tensor:
-    better = (x.ranks[:, :, None] < x.ranks[:, None, :]) & (x.ranks[:, :, None] >= 0)
-    return better.sum()
+    return better(x).sum()
 
 
 def groups(x: Batch) -> Tensor:
-    return (x.ranks[:, :, None] < x.ranks[:, None, :]).any((1, 2)).sum()
+    return better(x).any((1, 2)).sum()
 
 
 def distillation(logits: Tensor, head: Any, x: Batch, n: Tensor | None) -> Tensor:
