@@ -30,16 +30,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"),
 ]
 
-ALL = (*integration.STABLE, *integration.EXPERIMENTAL)
-MODULES = {
-    "reward": "trainer.reward_trainer",
-    "dpo": "trainer.dpo_trainer",
-    "distillation": "trainer.distillation_trainer",
-    "gkd": "experimental.gkd.gkd_trainer",
-    "orpo": "experimental.orpo.orpo_trainer",
-    "cpo": "experimental.cpo.cpo_trainer",
-    "async_distillation": "experimental.async_distillation.async_distillation_trainer",
-}
+MODULES = integration._MODULES
+ALL = tuple(MODULES)
 
 
 def module(name: str) -> Any:
@@ -122,6 +114,15 @@ def test_names_imported_from_us_are_put_back() -> None:
     del sys.modules["trl.late"]
     assert late.borrowed is original
     assert module(MODULES["orpo"]).selective_log_softmax is original
+
+
+def test_trainers_that_share_a_seam_may_be_imported_by_the_application(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("orpo", "cpo"):
+        monkeypatch.delitem(sys.modules, f"trl.{MODULES[name]}", raising=False)
+    with apply_pyalign_to_trl(["orpo", "cpo"]):
+        ours = module("trainer.utils").selective_log_softmax
+        assert ours.__module__ == integration.__name__
+        assert all(module(MODULES[name]).selective_log_softmax is ours for name in ("orpo", "cpo"))
 
 
 def test_trainers_are_applied_once_each() -> None:
@@ -230,6 +231,7 @@ def test_a_failure_half_way_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> No
         planner.add(integration._Change(Owner, "function", None, 1), "stubborn")
 
     monkeypatch.setitem(integration._PLANS, "stubborn", plan)
+    monkeypatch.setitem(integration._MODULES, "stubborn", "trainer.utils")
     before = state()
     with pytest.raises(AttributeError, match="read-only"):
         apply_pyalign_to_trl(["reward", "dpo", "stubborn"])

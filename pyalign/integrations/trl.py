@@ -24,7 +24,7 @@ KL(teacher || student), 1 the reverse KL, between them ``beta KL(t || m) + (1 - 
 ``m = beta t + (1 - beta) s``. Denominators, label shifts and the scaling for data parallelism stay the trainers' own.
 
 What is left to TRL: DPO's loss types, which are arithmetic on B numbers inside ``_compute_loss``
-(:func:`pyalign.dpo_loss` computes the same); generation; every metric but the entropies.
+(:func:`pyalign.dpo_loss` computes the same), generation, and what is logged of all that.
 """
 
 from __future__ import annotations
@@ -50,7 +50,15 @@ from pyalign.ranking import pairwise_preference_loss
 __all__ = ["AppliedToTRL", "SeamError", "apply_pyalign_to_trl"]
 
 STABLE = ("reward", "dpo", "distillation")
-EXPERIMENTAL = ("gkd", "orpo", "cpo", "async_distillation")
+_MODULES = {
+    "reward": "trainer.reward_trainer",
+    "dpo": "trainer.dpo_trainer",
+    "distillation": "trainer.distillation_trainer",
+    "gkd": "experimental.gkd.gkd_trainer",
+    "orpo": "experimental.orpo.orpo_trainer",
+    "cpo": "experimental.cpo.cpo_trainer",
+    "async_distillation": "experimental.async_distillation.async_distillation_trainer",
+}
 _NO_TARGET = torch.iinfo(torch.int64).min  # a target that doesn't count; -100 is TRL's own affair
 
 
@@ -571,7 +579,7 @@ def _itself(x: Any) -> Any:
 
 def _plan_reward(plan: _Planner) -> None:
     seam = "RewardTrainer.compute_loss"
-    trainer_class = plan.module("trainer.reward_trainer").RewardTrainer
+    trainer_class = plan.module(_MODULES["reward"]).RewardTrainer
     original = plan.get(trainer_class, "compute_loss")
     plan.check_signature(seam, original, ("self", "model", "inputs", "return_outputs=False", "num_items_in_batch=None"))
 
@@ -694,16 +702,16 @@ def _plan_selective(plan: _Planner, trainer: str) -> None:
         plan.function(utils, name, replacement, trainer, name)
 
 
-def _plan_logprobs(plan: _Planner, trainer: str, module: str, class_name: str) -> None:
+def _plan_logprobs(plan: _Planner, trainer: str, class_name: str) -> None:
     """The trainer's log-probs, by whichever of the two ways its module takes."""
-    home = plan.module(module)
+    home = plan.module(_MODULES[trainer])
     if "add_fused_lm_head" in vars(home):
         seams: tuple[str, ...] = (_FUSED_HEAD,)
         _plan_once(plan, "fused head", trainer, _plan_fused_head)
     else:
         seams = ("selective_log_softmax", "selective_log_softmax_and_entropy")
         if not any(name in vars(home) for name in seams):
-            raise plan.fail(f"trl.{module}", f"it uses neither add_fused_lm_head nor {' nor '.join(seams)}")
+            raise plan.fail(f"trl.{_MODULES[trainer]}", f"it uses neither add_fused_lm_head nor {' nor '.join(seams)}")
         _plan_once(plan, "selective", trainer, _plan_selective)
     plan.guard(getattr(home, class_name), trainer, *seams)
 
@@ -720,23 +728,23 @@ def _plan_once(plan: _Planner, key: str, trainer: str, make: Callable[[_Planner,
 
 
 def _plan_dpo(plan: _Planner) -> None:
-    _plan_logprobs(plan, "dpo", "trainer.dpo_trainer", "DPOTrainer")
+    _plan_logprobs(plan, "dpo", "DPOTrainer")
     plan.left["dpo"] = "the loss types, arithmetic on one number per pair"
 
 
 def _plan_orpo(plan: _Planner) -> None:
-    _plan_logprobs(plan, "orpo", "experimental.orpo.orpo_trainer", "ORPOTrainer")
+    _plan_logprobs(plan, "orpo", "ORPOTrainer")
     plan.left["orpo"] = "the odds ratio, and the cross-entropy of the chosen responses"
 
 
 def _plan_cpo(plan: _Planner) -> None:
-    _plan_logprobs(plan, "cpo", "experimental.cpo.cpo_trainer", "CPOTrainer")
+    _plan_logprobs(plan, "cpo", "CPOTrainer")
     plan.left["cpo"] = "the loss types, and the cross-entropy of the chosen responses"
 
 
 def _plan_distillation(plan: _Planner) -> None:
     seam = "_chunked_divergence_loss"
-    home = plan.module("trainer.distillation_trainer")
+    home = plan.module(_MODULES["distillation"])
     original = plan.get(home, seam)
     names = _parameters(_chunked_divergence_loss)
     chunked = (*names[:6], "chunk_size", *names[6:])  # TRL 1.14
@@ -784,7 +792,7 @@ def _plan_distillation(plan: _Planner) -> None:
 
 def _plan_gkd(plan: _Planner) -> None:
     seam = "generalized_jsd_loss"
-    trainer_class = plan.module("experimental.gkd.gkd_trainer").GKDTrainer
+    trainer_class = plan.module(_MODULES["gkd"]).GKDTrainer
     raw = plan.get(trainer_class, seam)
     if not isinstance(raw, staticmethod):
         raise plan.fail(f"GKDTrainer.{seam}", "it is no static method")
@@ -817,7 +825,7 @@ def _plan_gkd(plan: _Planner) -> None:
 
 def _plan_async(plan: _Planner) -> None:
     seam = "_chunked_jsd_loss"
-    home = plan.module("experimental.async_distillation.async_distillation_trainer")
+    home = plan.module(_MODULES["async_distillation"])
     original = plan.get(home, seam)
     plan.check_signature(seam, original, _parameters(_chunked_jsd_loss))
 
@@ -886,6 +894,8 @@ def apply_pyalign_to_trl(trainers: Iterable[str] = STABLE) -> AppliedToTRL:
             raise
         raise ModuleNotFoundError("trl is not installed: pip install trl", name="trl") from error
     plan = _Planner(trl.__version__)
+    for name in names:
+        plan.module(_MODULES[name])  # all of them first: each may have imported a function that another one shares
     for name in dict.fromkeys(names):
         _PLANS[name](plan)
     done: list[_Change] = []
