@@ -42,7 +42,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyalign import _checks
+from pyalign import _checks, _dtensor
 from pyalign.distill import TopKLogprobs, distillation_loss, linear_distillation_loss, linear_topk_distillation_loss
 from pyalign.logprob import linear_token_logprobs, token_logprobs
 from pyalign.ranking import pairwise_preference_loss
@@ -91,9 +91,7 @@ def _plain(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         return None
     if hasattr(x, "ds_id"):
         _checks.refuse("lm_head", "a parameter sharded by DeepSpeed ZeRO-3", "DDP, FSDP2, ZeRO-1 or 2, or one process")
-    if hasattr(x, "full_tensor"):  # a DTensor of FSDP2
-        full: Any = x
-        x = full.full_tensor()
+    x = _dtensor.whole("lm_head", x)  # FSDP2's are DTensors
     assert x is not None
     return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
 
