@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 
 from pyalign import distillation_loss, token_logprobs, topk_distillation_loss, topk_logprobs
-from pyalign.benchmark import interleaved
+from pyalign.benchmark import interleaved, kept_memory
 from pyalign.distributed import VocabularyShards
 
 
@@ -92,7 +92,9 @@ def main() -> None:
     }
     figures: dict[str, dict[str, float]] = {}
     for family, competitors in families.items():
-        times = interleaved({name: step(*each) for name, each in competitors.items()}, device, rounds=options.rounds)
+        functions = {name: step(*each) for name, each in competitors.items()}
+        with contextlib.nullcontext() if cuda else kept_memory(8 * whole.numel() * whole.element_size()):
+            times = interleaved(functions, device, rounds=options.rounds)
         slowest = torch.tensor(list(times.values()), dtype=torch.float64, device=device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         figures[family] = {name: 1e3 * x for name, x in zip(times, slowest.tolist(), strict=True)}
