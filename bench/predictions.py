@@ -372,9 +372,9 @@ def cases() -> list[Case]:
 
 HEAD = """# Predictions for an H100
 
-Written by `python bench/predictions.py` before any of these kernels ran on a GPU. `bench/gpu_check.sh predictions` (or
-`python bench/predictions.py measure` on a GPU machine where pyalign is built) measures every line and prints it beside
-its prediction, beside the copy's rate in the same run.
+Written by `python bench/predictions.py` before any of these kernels ran on a GPU. On a GPU machine,
+`bench/gpu_check.sh build predictions` builds for its GPU, measures every line and prints it beside its prediction and
+the copy's rate in the same run; `python bench/predictions.py measure` does so where pyalign is built.
 
 - **needed**: bytes that the work must move, inputs read and results written once. **floor**: the larger of that at
   {bandwidth:.1f} TB/s (copied) and the products at {flops:.0f} TFLOP/s bfloat16.
