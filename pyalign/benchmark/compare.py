@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from pyalign._options import OptionError
 from pyalign.benchmark import results
 from pyalign.benchmark.results import Row, Run
-from pyalign._options import OptionError
 
 RESAMPLES = 2000
 WORSE = ("slower", "less accurate", "fails now")
@@ -27,7 +27,7 @@ class Verdict:
     case: str
     way: str
     verdict: str
-    """"slower", "faster", "same", "unclear"; "less accurate"; "fails now", "works now", "fails still"; "new", "gone"."""
+    """slower, faster, same or unclear; less accurate; fails now, works now or fails still; new or gone."""
     ratio: float | None = None
     """Time now over time then."""
     low: float | None = None
@@ -62,7 +62,9 @@ def compare(old: Run, new: Run, *, tolerance: float = 0.1, seed: int = 0) -> lis
             for row in rows
             if (row.kind == "yardstick" or (row.kind == "torch" and same_torch)) and _both(earlier.get(row.way), row)
         ]
-        found += [_judge(earlier.get(row.way), row, references, tolerance, rng) for row in rows if row.kind == "pyalign"]
+        found += [
+            _judge(earlier.get(row.way), row, references, tolerance, rng) for row in rows if row.kind == "pyalign"
+        ]
     now = {(row.case, row.way) for row in new.rows}
     gone = [row for row in old.rows if row.kind == "pyalign" and (row.case, row.way) not in now]
     return found + [Verdict(row.case, row.way, "gone") for row in gone]

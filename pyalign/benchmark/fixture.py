@@ -14,7 +14,9 @@ from pyalign.benchmark.measure import Settings, Upstream, input_sets, measure, r
 from pyalign.benchmark.results import Row, ours_of
 from pyalign.benchmark.timing import kept_memory
 
-ONCE = Settings(seconds=0.0, warmup=0.0, fewest_rounds=1, compiled=False, peers=False, memory=False)
+ONCE = Settings(
+    seconds=0.0, warmup=0.0, fewest_rounds=1, most_sets=1, compiled=False, peers=False, keep_memory=False, memory=False
+)  # fmt: skip
 MOST_ERROR = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (2e-2, 2e-2)}
 """Of values and gradients, of ways that are meant to be right: far above rounding, far below a wrong formula."""
 
@@ -25,8 +27,8 @@ def check(case: Case, device: torch.device) -> None:
     Raises:
         AssertionError: a way failed, or is wrong.
     """
-    tiny = case.at(case.tiny)
-    rows, _ = measure(tiny.replaced(checked_at={}), device, ONCE)
+    alone = case.at(case.tiny).replaced(checked_at={}, bound="calls", product=None)  # no yardstick beside it
+    rows, _ = measure(alone, device, ONCE)
     for row in rows:
         assert row.failure is None, f"{row.case}, {row.way}: {row.failure}"
         for error, most in zip((row.value_error, row.gradient_error), MOST_ERROR[case.dtype], strict=True):
@@ -47,7 +49,7 @@ def run(benchmark: Any, case: Case, device: torch.device, **settings: Any) -> No
     wanted = dataclasses.replace(Settings(check_compiled=False), **settings)
     rows, _ = measure(case, device, wanted)
     benchmark.extra_info.update(figures(rows))
-    ours = rotated([step(case, case.ours, inputs, Upstream()) for inputs in input_sets(case, device)])
+    ours = rotated([step(case, case.ours, inputs, Upstream()) for inputs in input_sets(case, device, wanted.most_sets)])
     peak = next((row.peak_bytes for row in rows if row.peak_bytes), None) or case.kept_bytes
     keeps = device.type == "cpu" and wanted.keep_memory
     with kept_memory(2 * peak + (64 << 20)) if keeps else contextlib.nullcontext():

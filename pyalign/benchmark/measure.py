@@ -25,7 +25,6 @@ from pyalign.benchmark.case import Case, Function, Inputs, Outputs, Way, Work, i
 from pyalign.benchmark.results import Row, Run, machine
 
 ROTATED_BYTES = 512 << 20
-MOST_SETS = 16
 SMALL_BYTES = 16 << 20  # of inputs: such calls are launched as CUDA graphs too
 LARGEST_KEPT = 8 << 30
 
@@ -40,6 +39,8 @@ class Settings:
     """Seconds that each way runs before."""
     fewest_rounds: int = 5
     most_rounds: int = 301
+    most_sets: int = 16
+    """Of inputs, which are rotated."""
     backends: tuple[str, ...] = ()
     """Of ours; none: those that the device has."""
     compiled: bool = True
@@ -131,11 +132,11 @@ def rotated(steps: list[Step]) -> Callable[[], object]:
     return lambda: next(turns)()
 
 
-def input_sets(case: Case, device: torch.device) -> list[Inputs]:
+def input_sets(case: Case, device: torch.device, most: int) -> list[Inputs]:
     """As many as it takes to be more than a cache holds."""
     first = case.inputs(device, 0)
     size = sum(x.nbytes for x in first.values())
-    count = min(MOST_SETS, max(1, -(-ROTATED_BYTES // max(size, 1))))
+    count = min(most, max(1, -(-ROTATED_BYTES // max(size, 1))))
     return [first, *(case.inputs(device, seed) for seed in range(1, count))]
 
 
@@ -235,7 +236,7 @@ def measure(
     """The rows of a case, ours first, and which packages are missing. ``rates`` are the machine's (``Run.rates``)."""
     if settings.compiled:
         torch._dynamo.reset()  # pyright: ignore[reportPrivateUsage]  # past 8 shapes of a function it would run eagerly
-    sets = input_sets(case, device)
+    sets = input_sets(case, device, settings.most_sets)
     rows, runners, missing = _prepared(case, device, settings, sets)
     if settings.errors:
         _check(case, device, settings, runners)

@@ -17,9 +17,7 @@ from pyalign.benchmark.case import Function, Inputs, Way
 PACKAGES = ("liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn", "trl", "choix")
 
 
-def peer(
-    name: str, package: str, module: str, build: Callable[[Any], Function], *, compiles: bool = False
-) -> Way:
+def peer(name: str, package: str, module: str, build: Callable[[Any], Function], *, compiles: bool = False) -> Way:
     """A way of another package: ``build`` makes the function of its ``module``."""
     return Way(name, "peer", lambda: build(importlib.import_module(module)), package, compiles)
 

@@ -38,7 +38,9 @@ def _where(run: Run) -> str:
 
 def roofline(run: Run) -> Any:
     """Our default backend's FLOP rate over the FLOPs per byte that the work needs, under this machine's roofs."""
-    points = [ours for rows in run.cases().values() if (ours := ours_of(rows)) is not None and ours.bytes and ours.flops]
+    points = [
+        ours for rows in run.cases().values() if (ours := ours_of(rows)) is not None and ours.bytes and ours.flops
+    ]
     if not points:
         return None
     figure = require("matplotlib.figure").Figure(figsize=(9, 6), dpi=120, layout="constrained")
@@ -60,7 +62,9 @@ def roofline(run: Run) -> Any:
             label = f"{system}, {dtype}" if some else None
             xs, ys = [p.flops / p.bytes for p in some], [rate(p, "flops") for p in some]
             axes.plot(xs, ys, marker, ms=6, color=colour, alpha=0.75, label=label)
-    axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte that the work needs", ylabel="GFLOP/s", xlim=(left, right))
+    axes.set(
+        xscale="log", yscale="log", xlabel="FLOPs per byte that the work needs", ylabel="GFLOP/s", xlim=(left, right)
+    )
     axes.set_title(f"pyalign on {_where(run)}", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8, loc="lower right")

@@ -27,6 +27,13 @@ def seconds_in_words(seconds: float) -> str:
     return f"{seconds / 1e-9:.0f} ns"
 
 
+def _amount(x: int, unit: str) -> str:
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if x >= size:
+            return f"{x / size:.3g} {prefix}{unit}"
+    return f"{x} {unit}"
+
+
 def _share(x: float | None) -> str:
     return "" if x is None else f"{100 * x:.0f} %" if x >= 0.01 else "< 1 %"
 
@@ -58,7 +65,7 @@ def tables(run: Run) -> list[Any]:
     found: list[Any] = []
     for name, rows in run.cases().items():
         first = rows[0]
-        title = f"{name}: needs {first.bytes / 1e6:,.1f} MB and {first.flops / 1e9:,.2f} GFLOP"
+        title = f"{name}: needs {_amount(first.bytes, 'B')} and {_amount(first.flops, 'FLOP')}"
         table = rich.Table(title=text(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
         for column in (*COLUMNS, *(GPU_COLUMNS if gpu else ())):
             table.add_column(column, justify="left" if column == "way" else "right", no_wrap=True)
@@ -79,7 +86,9 @@ def heading(run: Run) -> list[str]:
     machine = run.machine
     where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     installed = ", ".join(f"{name} {version}" for name, version in run.versions.items() if version)
-    rates = ", ".join(f"{value:,.1f} {name.replace('_per_', '/').replace('_', ' ')}" for name, value in run.rates.items())
+    rates = ", ".join(
+        f"{value:,.1f} {name.replace('_per_', '/').replace('_', ' ')}" for name, value in run.rates.items()
+    )
     return [where, installed, f"this machine: {rates}"]
 
 

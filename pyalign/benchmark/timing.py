@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+
 def seconds(function: Callable[[], object], device: torch.device) -> float:
     """The time of one call, to the end of the work that it starts on the device."""
     if device.type != "cuda":
@@ -82,7 +83,10 @@ def product_function(
     rows: int, inner: int, columns: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Callable[[], object], int]:
     """A bare matrix product (rows, inner) @ (inner, columns) into memory that is in use already, and its FLOPs."""
-    left, right = torch.randn(rows, inner, device=device).to(dtype), torch.randn(columns, inner, device=device).to(dtype)
+    left, right = (
+        torch.randn(rows, inner, device=device).to(dtype),
+        torch.randn(columns, inner, device=device).to(dtype),
+    )
     result = torch.zeros(rows, columns, dtype=dtype, device=device)
     return (lambda: torch.mm(left, right.t(), out=result)), 2 * rows * inner * columns
 

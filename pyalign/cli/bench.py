@@ -21,7 +21,9 @@ QUICK_SECONDS = 90.0
 
 
 def bench(
-    system: Annotated[list[str] | None, typer.Option(help=f"{', '.join(SYSTEMS)}. Repeat for more. Default: all.")] = None,
+    system: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(SYSTEMS)}. Repeat for more. Default: all.")
+    ] = None,
     case: Annotated[
         list[str] | None, typer.Option(help="Cases whose name contains this text (see --list). Repeat for more.")
     ] = None,
@@ -33,7 +35,9 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="Small cases, two minutes at most on a CPU: one backend, no torch.compile.")
     ] = False,
-    seconds: Annotated[float | None, typer.Option(help="For the rounds of a case. Default: 3; 0.5 with --quick.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="For the rounds of a case. Default: 3; 0.5 with --quick.")
+    ] = None,
     compiled: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="With torch.compile. Default: but for --quick.")
     ] = None,

@@ -183,19 +183,14 @@ def _torch_metrics(chosen: Tensor, rejected: Tensor) -> Tensor:
     return torch.stack([right.mean(), F.softplus(-z).mean(), torch.sigmoid(-z).square().mean(), ece])
 
 
-def torch_metrics(x: Inputs) -> Outputs:
-    """Accuracy, log-loss, Brier score and calibration error, in the scores' own dtype."""
-    return _torch_metrics(x["chosen"], x["rejected"])
-
-
-def torch_metrics_by_category(categories: int, x: Inputs) -> Outputs:
-    chosen, rejected, category = x["chosen"], x["rejected"], x["category"]
-    parts = [category == i for i in range(categories)]
-    return torch.stack([torch_metrics_of(chosen, rejected, None), *(torch_metrics_of(chosen, rejected, p) for p in parts)])
-
-
-def torch_metrics_of(chosen: Tensor, rejected: Tensor, part: Tensor | None) -> Tensor:
-    return _torch_metrics(chosen, rejected) if part is None else _torch_metrics(chosen[part], rejected[part])
+def torch_metrics(categories: int, x: Inputs) -> Outputs:
+    """Accuracy, log-loss, Brier score and calibration error, in the scores' own dtype; of each category too."""
+    chosen, rejected = x["chosen"], x["rejected"]
+    whole = _torch_metrics(chosen, rejected)
+    if not categories:
+        return whole
+    parts = [x["category"] == i for i in range(categories)]
+    return torch.stack([whole, *(_torch_metrics(chosen[part], rejected[part]) for part in parts)])
 
 
 def _our_metrics(x: Inputs) -> Outputs:
@@ -209,7 +204,7 @@ def metrics() -> list[Case]:
     found: list[Case] = []
     for pairs in (100_000, 10_000_000):
         for categories in (0, 20):
-            eager = functools.partial(torch_metrics_by_category, categories) if categories else torch_metrics
+            eager = functools.partial(torch_metrics, categories)
             case = Case(
                 system="scoring", op="preference_metrics", variant=f"{categories} categories" if categories else "",
                 shape={"pairs": pairs}, dtype=torch.float32, make=functools.partial(_make_margins, categories),
