@@ -626,7 +626,9 @@ def losses_of(example: str, size: int) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("example", ["ddp_distillation", "fsdp2_linear_distillation"])
+@pytest.mark.parametrize(
+    "example", ["ddp_distillation", "fsdp2_linear_distillation", "vocabulary_parallel_distillation"]
+)
 def test_an_example_learns_the_same_on_one_process_and_on_two(example: str):
     one, two = losses_of(example, 1), losses_of(example, 2)
     assert len(one) == 4

@@ -48,6 +48,7 @@ KERNELS = {
     "distill_kernel",
     "topk_distill_kernel",
     "scatter_kernel",
+    "outside_kernel",
     "lanes_kernel",
     "select_kernel",
     "order_kernel",
@@ -115,6 +116,50 @@ def topk_distill(divergence: str, tail: str, dtype: str, k: int = 50, full: bool
         want_loss=True,
         want_metrics=full,
     )
+
+
+def slice_stage(stage: str, divergence: str, dtype: str) -> None:
+    """A call over rows that are split, with a hard term."""
+    from pyalign.kernels import distill as engine
+
+    x, options = logits(dtype), Options(128256, divergence, temperature=2.0, hard_weight=0.5)
+    engine.distill(
+        x,
+        x,
+        all_tokens(),
+        options,
+        gradient=x if stage == "map" else None,
+        want_loss=stage == "fold",
+        want_metrics=False,
+        stage=stage,
+        states=torch.zeros(ROWS, 5, dtype=torch.float64),
+        sums=None if stage == "fold" else torch.zeros(ROWS, 2, dtype=torch.float64),
+    )
+
+
+def outside(dtype: str, gradient: bool, k: int = 51) -> None:
+    from pyalign.kernels import distill as engine
+
+    x, indices = logits(dtype), torch.zeros(ROWS, k, dtype=torch.int64)
+    mask = torch.ones(ROWS, dtype=torch.bool)
+    if gradient:
+        exponentials, values = torch.zeros(ROWS, 4, dtype=torch.float64), torch.zeros(ROWS, k)
+        engine.outside(x, mask, indices, 128256, 2.0, exponentials=exponentials, values=values, gradient=x)
+    else:
+        engine.outside(x, mask, indices, 128256, 2.0, states=torch.zeros(ROWS, 3, dtype=torch.float64))
+
+
+def logprob_slice(dtype: str) -> None:
+    from pyalign.kernels import logprob as engine
+
+    engine.logprob_slice(logits(dtype), torch.zeros(ROWS, dtype=torch.int64), -100, 2.0, 30.0, True, True)
+
+
+def cross_entropy_slice(dtype: str) -> None:
+    from pyalign.kernels import logprob as engine
+
+    x, targets = logits(dtype), torch.zeros(ROWS, dtype=torch.int64)
+    engine.cross_entropy_gradient(x, targets, -100, 0.1, 1e-4, 30.0, torch.zeros(ROWS, 3), torch.ones(()), 513024, x)
 
 
 def topk(dtype: str, k: int, vocab: int) -> None:
@@ -234,6 +279,12 @@ def cases(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     for tail in TAILS:
         yield f"topk_distill {tail}", lambda t=tail: topk_distill("forward_kl", t, "bfloat16")
     yield "topk_distill full", lambda: topk_distill("jsd", "bucket", "bfloat16", full=True)
+    for stage in ("fold", "sum", "map"):
+        yield f"distill {stage}", lambda s=stage: slice_stage(s, "jsd", "bfloat16")
+    yield "outside", lambda: outside("bfloat16", gradient=False)
+    yield "outside gradient", lambda: outside("bfloat16", gradient=True)
+    yield "logprob slice", lambda: logprob_slice("bfloat16")
+    yield "cross_entropy slice", lambda: cross_entropy_slice("float32")
     yield "topk", lambda: topk("bfloat16", 50, 32000)
     yield "scale", lambda: scale("bfloat16")
     for form in PAIR_LOSSES:
@@ -270,6 +321,13 @@ def cases(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
                 f"topk_distill {tail} {name}",
                 lambda a=(divergence, tail, dtype), f=full: topk_distill(*a, k=256, full=f),
             )
+    for dtype, divergence, stage in product(DTYPES, DIVERGENCES, ("fold", "sum", "map")):
+        yield f"distill {stage} {divergence} {dtype}", lambda a=(stage, divergence, dtype): slice_stage(*a)
+    for dtype, gradient in product(DTYPES, (False, True)):
+        yield f"outside {gradient} {dtype}", lambda a=(dtype, gradient): outside(*a)
+    for dtype in DTYPES:
+        yield f"logprob slice {dtype}", lambda d=dtype: logprob_slice(d)
+        yield f"cross_entropy slice {dtype}", lambda d=dtype: cross_entropy_slice(d)
     for dtype, (k, vocab) in product(DTYPES, ((1, 128256), (50, 151936), (256, 262144))):
         yield f"topk {k} {dtype}", lambda a=(dtype, k, vocab): topk(*a)
         yield f"scale {dtype}", lambda d=dtype: scale(d)
@@ -436,6 +494,8 @@ def test_registers_suffice(compiled: list[dict[str, Any]]):
         ("distill padded", "distill_kernel", 0),  # a ragged vocabulary in rows that are not
         ("topk_distill bucket", "topk_distill_kernel", 2),  # the logits of the entries, the residual
         ("topk_distill drop", "topk_distill_kernel", 1),
+        ("distill map", "distill_kernel", 1),
+        ("outside gradient", "outside_kernel", 0),
         ("topk", "lanes_kernel", 0),
         ("scale", "scale_kernel", 0),
         ("logprob", "logprob_kernel", 1),  # the target's logit
