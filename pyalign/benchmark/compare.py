@@ -37,16 +37,24 @@ class Verdict:
     """What others' time did, the geometric mean."""
 
 
-def check_machine(old: Run, new: Run, path: Path, option: str) -> None:
-    """Refuses runs of two machines: their times say nothing about the code.
+def load(path: Path, option: str, machine: dict[str, Any], *, keep_memory: bool) -> Run:
+    """The earlier run that the file holds. One of another machine says nothing about the code, nor does one where
+    freed memory was treated otherwise.
+
+    Args:
+        option: that of the command line that names the file.
+        machine, keep_memory: those of the run that is to be compared with it.
 
     Raises:
-        OptionError: naming what differs.
+        OptionError: naming what differs, or what is the matter with the file.
     """
-    for key in ("device", "cpu", "gpu", "threads", "huge_pages_for_tensors"):
-        if old.machine.get(key) != new.machine.get(key):
-            there, here = old.machine.get(key), new.machine.get(key)
-            raise OptionError(option, f"{path} was measured with {key} {there!r}, this run with {here!r}")
+    old = results.load(path, option)
+    then = {**old.machine, "keep_memory": old.settings.get("keep_memory")}
+    now = {**machine, "keep_memory": keep_memory}
+    for key in ("device", "cpu", "gpu", "threads", "huge_pages_for_tensors", "keep_memory"):
+        if then.get(key) != now[key]:
+            raise OptionError(option, f"{path} was measured with {key} {then.get(key)!r}, this run with {now[key]!r}")
+    return old
 
 
 def compare(old: Run, new: Run, *, tolerance: float = 0.1, seed: int = 0) -> list[Verdict]:
@@ -117,10 +125,3 @@ def _less_accurate(old: Row, new: Row) -> bool:
         if a is not None and b is not None and not math.isnan(a) and not b <= 2 * a + 1e-6:
             return True
     return False
-
-
-def against(path: Path, run: Run, option: str, tolerance: float) -> list[Verdict]:
-    """:func:`compare` with the run that the file holds."""
-    old = results.load(path, option)
-    check_machine(old, run, path, option)
-    return compare(old, run, tolerance=tolerance)

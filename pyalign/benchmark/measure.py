@@ -414,8 +414,10 @@ def _gpu_figures(device: torch.device, settings: Settings, runners: list[_Runner
         with runner.around():
             runner.row.launches = _launches(runner.run, device)
             if small:
-                with contextlib.suppress(Exception):  # no figure: it can't be captured
+                try:
                     runner.row.graph_seconds = _graph_seconds(runner.steps, device, settings)
+                except Exception as error:
+                    runner.row.graph_failure = said(error)
 
 
 def _launches(run: Callable[[], object], device: torch.device) -> int:

@@ -53,7 +53,8 @@ def _figures(row: Row, ours: Row | None, gpu: bool) -> list[str]:
     ]  # fmt: skip
     if gpu:
         shown.append("" if row.launches is None else str(row.launches))
-        shown.append("" if row.graph_seconds is None else seconds_in_words(row.graph_seconds))
+        graph = "" if row.graph_seconds is None else seconds_in_words(row.graph_seconds)
+        shown.append("fails" if row.graph_failure else graph)
     return shown
 
 

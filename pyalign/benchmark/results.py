@@ -56,6 +56,8 @@ class Row:
     """Kernels that a call starts on a GPU."""
     graph_seconds: float | None = None
     """Median of a call that is replayed as a CUDA graph."""
+    graph_failure: str | None = None
+    """Why it couldn't be captured."""
 
     @property
     def median(self) -> float:

@@ -74,8 +74,9 @@ def bench(
         if list_cases:
             print("\n".join(x.name for x in chosen))
             return
-        if against is not None:
-            results.load(against, "compare")  # refused before anything is measured
+        old: results.Run | None = None
+        if against is not None:  # read before --json may write to the same file
+            old = compare.load(against, "compare", results.machine(where)[0], keep_memory=not fresh_memory)
         settings = measure.Settings(
             seconds=seconds or (0.5 if quick else 3.0),
             backends=tuple(backend or (measure.default_backends(where)[:1] if quick else ())),
@@ -89,7 +90,7 @@ def bench(
             results.save(run, json)
         if plot_dir is not None:
             plots.draw(run, plot_dir)
-        worse = _show(run, against, tolerance)
+        worse = _show(run, old, tolerance)
     if worse:
         raise typer.Exit(1)
 
@@ -137,7 +138,7 @@ def _measure(chosen: list[Case], device: torch.device, settings: measure.Setting
     return run
 
 
-def _show(run: results.Run, against: Path | None, tolerance: float) -> bool:
+def _show(run: results.Run, old: results.Run | None, tolerance: float) -> bool:
     """Prints all there is; whether the comparison found that we got worse."""
     console: Any = require("rich.console").Console()
     if not console.is_terminal:
@@ -150,8 +151,8 @@ def _show(run: results.Run, against: Path | None, tolerance: float) -> bool:
     for line in report.closing(run):
         console.print(line, markup=False, highlight=False, style="yellow", soft_wrap=True)
     console.print(f"{len(run.cases())} cases in {run.took:.0f} s", highlight=False)
-    if against is None:
+    if old is None:
         return False
-    verdicts = compare.against(against, run, "compare", tolerance)
+    verdicts = compare.compare(old, run, tolerance=tolerance)
     console.print(report.comparison(verdicts, tolerance))
     return any(x.verdict in compare.WORSE for x in verdicts)
