@@ -129,7 +129,14 @@ def test_a_package_that_is_not_installed_is_named_and_left_out():
     absent = peer("absent", "absent-package", "pyalign_has_no_such_module", lambda module: square)
     rows, missing = measure(case_of(absent), CPU, settings())
     assert "absent" not in by_way(rows)
-    assert "absent-package can't be imported" in missing["absent-package"]
+    assert "absent-package is not installed" in missing["absent-package"]
+
+
+def test_an_installed_package_that_lacks_one_of_its_own_is_a_failure():
+    lame = peer("lame", "torch", "pyalign_has_no_such_module", lambda module: square)
+    rows, missing = measure(case_of(lame), CPU, settings())
+    assert by_way(rows)["lame"].failure == "ModuleNotFoundError: No module named 'pyalign_has_no_such_module'"
+    assert not missing
 
 
 def test_a_package_that_fails_to_import_otherwise_is_a_failure():

@@ -27,7 +27,7 @@ class Way:
     kind: str
     """Of KINDS; "bare" does a part of the work, such as the matrix products alone, and has no result to check."""
     load: Callable[[], Function]
-    """Gives the function; imports the package that it comes from, if it is not there the way is left out."""
+    """Gives the function; imports the package that it comes from. Where that is not installed, the way is left out."""
     package: str = ""
     """The distribution that a peer comes from, as its index calls it."""
     compiles: bool = False

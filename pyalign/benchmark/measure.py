@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import pyalign
-from pyalign.benchmark import timing
+from pyalign.benchmark import results, timing
 from pyalign.benchmark.case import Case, Function, Inputs, Outputs, Way, Work, in_float64
 from pyalign.benchmark.results import Row, Run, machine
 
@@ -180,8 +180,8 @@ def _loaded(way: Way) -> Function:
     try:
         return way.load()
     except ModuleNotFoundError as error:
-        if way.package:
-            raise _Missing(f"{way.package} can't be imported ({error})") from error
+        if way.package and results.version(way.package) is None:
+            raise _Missing(f"{way.package} is not installed ({error})") from error
         raise
 
 

@@ -83,7 +83,7 @@ class Run:
     """The machine's own: copy_GB_per_s, float32_GFLOP_per_s ..."""
     rows: list[Row] = field(default_factory=list[Row])
     not_installed: dict[str, str] = field(default_factory=dict[str, str])
-    """Distribution to the error of importing it: its ways are left out."""
+    """Distributions whose ways are left out, and how that showed."""
     left_out: list[str] = field(default_factory=list[str])
     """Cases that the time didn't suffice for."""
     took: float = 0.0
@@ -127,12 +127,15 @@ def machine(device: torch.device) -> tuple[dict[str, Any], dict[str, str | None]
         "cuda": torch.version.cuda,
         "triton": info["triton"]["version"],
     }
-    for package in peers.PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return described, versions
+    return described, {**versions, **{package: version(package) for package in peers.PACKAGES}}
+
+
+def version(package: str) -> str | None:
+    """Of an installed distribution."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:
