@@ -213,8 +213,12 @@ def test_inputs_are_rotated():
 
 
 def test_cases_after_the_deadline_are_named():
-    times = iter([False, True])
-    run = run_all([case_of(), case_of(op="cube")], CPU, settings(), quick=True, deadline=lambda: next(times))
+    times, kept = iter([False, True]), list[int]()
+    two = [case_of(), case_of(op="cube")]
+    run = run_all(
+        two, CPU, settings(), quick=True, deadline=lambda: next(times), done=lambda run: kept.append(len(run.rows))
+    )
+    assert kept == [2]
     assert list(run.cases()) == ["square/64/float32/backward"]
     assert run.left_out == ["cube/64/float32/backward"]
 
@@ -401,6 +405,9 @@ def test_failures_and_cases_that_come_and_go():
     assert verdict([broken], [broken]).verdict == "fails still"
     assert verdict([], [works]).verdict == "new"
     assert verdict([works], []).verdict == "gone"
+    late = run_of()
+    late.left_out = ["square"]
+    assert compare.compare(run_of(works), late)[0].verdict == "not run"
     assert set(compare.WORSE) == {"slower", "less accurate", "fails now"}
 
 

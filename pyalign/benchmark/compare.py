@@ -27,7 +27,7 @@ class Verdict:
     case: str
     way: str
     verdict: str
-    """slower, faster, same or unclear; less accurate; fails now, works now or fails still; new or gone."""
+    """slower, faster, same or unclear; less accurate; fails now, works now or fails still; new, gone, or not run for want of time."""
     ratio: float | None = None
     """Time now over time then."""
     low: float | None = None
@@ -75,7 +75,7 @@ def compare(old: Run, new: Run, *, tolerance: float = 0.1, seed: int = 0) -> lis
         ]
     now = {(row.case, row.way) for row in new.rows}
     gone = [row for row in old.rows if row.kind == "pyalign" and (row.case, row.way) not in now]
-    return found + [Verdict(row.case, row.way, "gone") for row in gone]
+    return found + [Verdict(row.case, row.way, "not run" if row.case in new.left_out else "gone") for row in gone]
 
 
 def _both(a: Row | None, b: Row) -> bool:

@@ -458,8 +458,12 @@ def run_all(
     quick: bool = False,
     deadline: Callable[[], bool] = lambda: False,
     tell: Callable[[Case], None] = lambda case: None,
+    done: Callable[[Run], None] = lambda run: None,
 ) -> Run:
-    """All ``cases`` one after the other; those that come after ``deadline()`` is true are left out, and named."""
+    """All ``cases`` one after the other; those that come after ``deadline()`` is true are left out, and named.
+
+    ``tell`` hears of every case before it begins, ``done`` of the run as it is after it.
+    """
     described, versions = machine(device)
     rates = machine_rates(device, quick=quick)
     run = Run(described, versions, {**settings.plain(), "backends": list(settings.backends), "quick": quick}, rates)
@@ -471,4 +475,5 @@ def run_all(
         rows, missing = measure(case, device, settings, rates)
         run.rows += rows
         run.not_installed |= missing
+        done(run)
     return run

@@ -85,9 +85,7 @@ def bench(
             keep_memory=not fresh_memory,
             check_compiled=not quick,
         )
-        run = _measure(chosen, where, settings, quick)
-        if json is not None:
-            results.save(run, json)
+        run = _measure(chosen, where, settings, quick, json)
         if plot_dir is not None:
             plots.draw(run, plot_dir)
         worse = _show(run, old, tolerance)
@@ -121,20 +119,28 @@ def _chosen(device: torch.device, systems: list[str], texts: list[str], quick: b
     return [x for x in found if not texts or any(text in x.name for text in texts)]
 
 
-def _measure(chosen: list[Case], device: torch.device, settings: measure.Settings, quick: bool) -> results.Run:
+def _measure(
+    chosen: list[Case], device: torch.device, settings: measure.Settings, quick: bool, json: Path | None
+) -> results.Run:
     errors = require("rich.console").Console(stderr=True)
     begin = time.perf_counter()
 
     def time_is_up() -> bool:
         return quick and time.perf_counter() - begin > QUICK_SECONDS
 
+    def keep(run: results.Run) -> None:
+        """What was measured is not lost with a run that is stopped."""
+        run.took = time.perf_counter() - begin
+        if json is not None:
+            results.save(run, json)
+
     with errors.status("") as status:
 
         def tell(case: Case) -> None:
             status.update(f"{1 + chosen.index(case)} of {len(chosen)}: {case.name}")
 
-        run = measure.run_all(chosen, device, settings, quick=quick, deadline=time_is_up, tell=tell)
-    run.took = time.perf_counter() - begin
+        run = measure.run_all(chosen, device, settings, quick=quick, deadline=time_is_up, tell=tell, done=keep)
+    keep(run)
     return run
 
 
