@@ -27,7 +27,7 @@ class Verdict:
     case: str
     way: str
     verdict: str
-    """slower, faster, same or unclear; less accurate; fails now, works now or fails still; new, gone, or not run for want of time."""
+    """slower, faster, same or unclear; less accurate; fails now, works now, fails still; new, gone or not run."""
     ratio: float | None = None
     """Time now over time then."""
     low: float | None = None
