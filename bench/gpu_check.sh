@@ -58,24 +58,11 @@ bench() { "$python" -m pytest -q bench --benchmark-json "$out/bench.json" && dev
 device() { # the yardsticks, in the same run as what they measure
     "$python" - "$out/device.json" <<'PYTHON'
 import json, sys, torch
+from pyalign.benchmark.measure import machine_rates
 
-def seconds(run, repeats=20):
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record(); run(); end.record(); end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return sorted(times)[len(times) // 2]
-
-figures = {}
-if torch.cuda.is_available():
-    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    figures["copy_GB_per_s"] = 2 * source.numel() / seconds(lambda: target.copy_(source)) / 1e9
-    figures["bf16_gemm_TFLOP_per_s"] = 2 * 8192**3 / seconds(lambda: a @ b) / 1e12
+rates = machine_rates(torch.device("cuda")) if torch.cuda.is_available() else {}
 with open(sys.argv[1], "w") as file:
-    json.dump(figures, file)
+    json.dump(rates, file)
 PYTHON
 }
 
