@@ -42,13 +42,13 @@ def uniform_(x: Tensor, seed: int) -> Tensor:
 class World:
     """Both models' logits and hidden states, the same on every rank, and which entries this one holds."""
 
-    def __init__(self, sizes: tuple[int, ...], dtype: torch.dtype, spread: float = 1.0) -> None:
+    def __init__(self, sizes: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> None:
         vocab, rank = sum(sizes), dist.get_rank()
         self.sizes, self.dtype, self.vocab = sizes, dtype, vocab
         self.mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
         tensors = [(N, vocab), (N, vocab), (N, H), (vocab, H), (vocab,), (N, H + 1), (vocab, H + 1)]
-        made = [uniform_(torch.empty(shape, dtype=torch.float64), i) * spread for i, shape in enumerate(tensors)]
-        self.student, self.teacher, self.hidden, self.weight, self.bias, *rest = (x.to(dtype) for x in made)
+        made = [uniform_(torch.empty(shape, dtype=torch.float64), i) for i, shape in enumerate(tensors)]
+        self.student, self.teacher, self.hidden, self.weight, self.bias, *rest = (x.to(device, dtype) for x in made)
         self.teacher_hidden, self.teacher_weight = rest
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         generator = torch.Generator().manual_seed(7)
@@ -60,6 +60,7 @@ class World:
             "vocab_size": vocab - 2,
         }
         self.tokens["targets"][2] = -100
+        self.tokens = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.tokens.items()}
 
     def stored(self, temperature: float) -> TopKLogprobs:
         """Entries on every rank, one of them missing."""
@@ -135,7 +136,8 @@ def evaluate(world: World, name: str, group: Any, options: dict[str, Any]) -> Ou
     loss, extra = (given, ()) if isinstance(given, Tensor) else (given[0], given[1:])
     extra = tuple(x for part in extra for x in (part if isinstance(part, tuple) else (part,)))
     results = {"loss": loss.detach(), **{f"extra {i}": x.detach().double() for i, x in enumerate(extra)}}
-    total = (loss * torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).view(loss.shape)).sum()
+    upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype, device=loss.device)
+    total = (loss * upstream.view(loss.shape)).sum()
     total = sum((0.3 * x.sum() for x in extra if x.requires_grad), total)
     gradients = torch.autograd.grad(total, list(leaves.values()))
     for key, gradient in zip(leaves, gradients, strict=True):
@@ -225,6 +227,24 @@ def test_in_fewer_bits_they_agree_to_rounding(pool: Pools, dtype: torch.dtype):
 def test_plain_torch_gathers_the_vocabulary(pool: Pools):
     for found in pool(2).run(worst, SIZES[2], torch.float64, "reference", FEW_CASES):
         assert found[0][0] < 1e-13, found
+
+
+def over_nccl(sizes: tuple[int, ...]) -> list[tuple[float, str]]:
+    device = f"cuda:{dist.get_rank()}"
+    torch.cuda.set_device(device)
+    group, world = dist.new_group(backend="nccl"), World(sizes, torch.float32, device)
+    found = []
+    for name, options in FEW_CASES:
+        errors = difference(evaluate(world, name, None, options), evaluate(world, name, group, options))
+        found += [(error, f"{name} {options} {key}") for key, error in errors.items()]
+    dist.destroy_process_group(group)
+    return sorted(found, reverse=True)[:3]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_over_nccl_on_two_gpus(pool: Pools):
+    for found in pool(2).run(over_nccl, SIZES[2]):
+        assert found[0][0] < 2e-5, found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU")
