@@ -382,9 +382,7 @@ class SplitEngine:
     def _spread(self, logits: Tensor, counted: Tensor, vocab: int, temperature: float) -> Tensor:
         """(N, 3) float64: max, sum and entropy of this slice."""
         if not vocab:
-            return torch.tensor([[_LOWEST, 0.0, 0.0]], dtype=torch.float64, device=logits.device).expand(
-                logits.shape[:-1].numel(), 3
-            )
+            return _nothing(logits.shape[:-1].numel(), logits.device)
         targets = torch.where(counted, ELSEWHERE, _IGNORED)
         results, _ = self._logprob.logprob_slice(logits[..., :vocab], targets, _IGNORED, temperature, None, True, False)
         return results.state.double()
@@ -408,8 +406,8 @@ class SplitEngine:
         everybody = gather(torch.cat([spread, rest[:, None], values, indices], -1), shards)
         top, total, share = _merge(everybody[..., 0], everybody[..., 1], temperature)
         candidates, numbers = everybody[..., 4:].transpose(0, 1).chunk(2, -1)  # (N, R, k)
-        held = torch.tensor([min(k, size) for size in shards.sizes], device=device)[:, None]
-        there = (torch.arange(k, device=device) < held).expand_as(candidates).flatten(1)
+        place = torch.arange(k, device=device)
+        there = torch.stack([place < size for size in shards.sizes]).expand_as(candidates).flatten(1)
         log_q = (candidates.flatten(1) - top[:, None]) / temperature - total.log()[:, None]
         # Of equals the first: slices and what they hold stand in the order of their numbers. Fillers come last.
         order = torch.where(there, candidates.flatten(1), -math.inf).sort(dim=-1, descending=True, stable=True).indices
@@ -441,7 +439,7 @@ class SplitEngine:
             assert results.state is not None
             state, reference = results.state.double(), results.logprob.double()
         else:
-            state = torch.tensor([[_LOWEST, 0.0, 0.0]], dtype=torch.float64, device=device).expand(count, 3)
+            state = _nothing(count, device)
             reference, above = torch.zeros(count, dtype=torch.float64, device=device), None
         nothing = state[:, 1] == 0  # all of the slice is -inf
         mine = (targets >= 0) & (targets < vocab) & ~nothing
@@ -452,8 +450,9 @@ class SplitEngine:
             columns.append(torch.where(impossible & (vocab > 0), -math.inf, whole)[:, None])
         everybody = gather(torch.cat(columns, -1), self.shards)
         top, total, share = _merge(everybody[..., 0], everybody[..., 1], temperature)
-        ends = torch.tensor(list(itertools.accumulate(self.shards.sizes)), device=device)
-        owner = torch.searchsorted(ends, index, right=True)
+        owner = torch.zeros_like(index)
+        for end in itertools.accumulate(self.shards.sizes[:-1]):
+            owner += index >= end
         logprob = everybody[..., 3].sum(0) + share.gather(0, owner[None])[0]
         logprob = logprob.masked_fill(targets == _OUT_OF_RANGE, math.nan)
         return everybody, top, total, share, torch.where(total.isnan(), math.nan, logprob)
@@ -527,8 +526,10 @@ class SplitEngine:
             self._keep(saved)
             loss = -(1.0 - label_smoothing) * logprob + z_loss * (top + total.log()) ** 2
             if smooth:
-                sizes = torch.tensor(self.shards.sizes, dtype=torch.float64, device=logits.device)[:, None]
-                mean = (everybody[..., 4] + _weighed(sizes, share)).sum(0) / self.shards.vocab
+                total_log_q = everybody[..., 4].sum(0)
+                for rank, size in enumerate(self.shards.sizes):
+                    total_log_q = total_log_q + size * share[rank] if size else total_log_q
+                mean = total_log_q / self.shards.vocab
                 loss = loss - label_smoothing * mean
             loss = torch.where(logprob == -math.inf, math.inf, loss)
             loss = torch.where(relevant, loss, 0.0).to(dtype)
@@ -539,6 +540,13 @@ class SplitEngine:
             )  # fmt: skip
         self._row += targets.shape[0]
         return loss
+
+
+def _nothing(count: int, device: torch.device) -> Tensor:
+    """(N, 3) float64 states of a slice without entries: max, sum and entropy."""
+    states = torch.zeros(count, 3, dtype=torch.float64, device=device)
+    states[:, 0] = _LOWEST
+    return states
 
 
 def _mixed(soft: Tensor, hard: Tensor, weight: float) -> Tensor:
