@@ -283,6 +283,7 @@ def distill_kernel(
     STAGE: tl.constexpr,  # of csrc/common/distill_args.h
     DIVERGENCE: tl.constexpr,
     MAP_NEEDS_SUMS: tl.constexpr,
+    SUMS: tl.constexpr,  # a walk that sums, before or without the one that maps
     HARD: tl.constexpr,  # with a hard term
     WARM: tl.constexpr,  # T is not 1: the hard term needs its own total
     PER_ROW: tl.constexpr,
@@ -367,7 +368,7 @@ def distill_kernel(
         if STAGE == "map":
             loss = tl.load(sums + 2 * row).to(tl.float32)
             aux = tl.load(sums + 2 * row + 1).to(tl.float32)
-        elif MAP_NEEDS_SUMS or gradient is None:
+        elif SUMS:
             for i in range(blocks):
                 columns = (blocks - 1 - i) * BLOCK + lanes
                 s = load_logits(student_row, columns, vocab, limit, RAGGED)
@@ -1032,6 +1033,9 @@ def distill(
         sums=sums,
         STAGE=stage,
         MAP_NEEDS_SUMS=_map_needs_sums(options.divergence),
+        SUMS=(want_loss or want_metrics)
+        if stage == "fold"
+        else gradient is None or _map_needs_sums(options.divergence),
     )
     return call.results()
 
