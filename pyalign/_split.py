@@ -379,12 +379,16 @@ class SplitEngine:
             agreement = (_first(maxima, leaders) == top_entry) & counted & ~total.isnan()
         return Results(loss, entropy, agreement), saved
 
-    def _spread(self, logits: Tensor, counted: Tensor, vocab: int, temperature: float) -> Tensor:
-        """(N, 3) float64: max, sum and entropy of this slice."""
+    def _spread(
+        self, logits: Tensor, counted: Tensor, vocab: int, temperature: float, want_entropy: bool = True
+    ) -> Tensor:
+        """(N, 3) float64: max, sum and entropy (NaN unless wanted) of this slice."""
         if not vocab:
             return _nothing(logits.shape[:-1].numel(), logits.device)
         targets = torch.where(counted, ELSEWHERE, _IGNORED)
-        results, _ = self._logprob.logprob_slice(logits[..., :vocab], targets, _IGNORED, temperature, None, True, False)
+        results, _ = self._logprob.logprob_slice(
+            logits[..., :vocab], targets, _IGNORED, temperature, None, want_entropy, False
+        )
         return results.state.double()
 
     def topk(self, logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -402,7 +406,7 @@ class SplitEngine:
             indices[:, :own] = index + shards.begin
             rest = residual.double()
         counted = torch.ones(count, dtype=torch.bool, device=device)
-        spread = self._spread(logits, counted, vocab, temperature)
+        spread = self._spread(logits, counted, vocab, temperature, want_entropy=False)
         everybody = gather(torch.cat([spread, rest[:, None], values, indices], -1), shards)
         top, total, share = _merge(everybody[..., 0], everybody[..., 1], temperature)
         candidates, numbers = everybody[..., 4:].transpose(0, 1).chunk(2, -1)  # (N, R, k)
