@@ -47,8 +47,7 @@ def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
     return ids, ids != PADDING
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
+def train() -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     teacher = language_model(64, 2, 0.2).eval()
@@ -70,6 +69,11 @@ def main() -> None:
             dist.all_reduce(total)
             if rank == 0:
                 print(f"step {step + 1}: {total.item():.4f} nats a token")
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    train()  # where the model is dropped: DDP must not outlive its process group, or gloo's threads may wait for it
     dist.destroy_process_group()
 
 
