@@ -519,29 +519,36 @@ def test_wrong_options_of_a_ranking_are_named(tmp_path: Path) -> None:
 # ---- Data parallelism and examples ----
 
 TWO_PROCESSES = """
+import gc
 import sys
 
 sys.path[:0] = sys.argv[1:2]
 from test_integrations_transformers import *
 
 torch.set_num_threads(1)
-directory, world = Path(sys.argv[2]), int(os.environ["WORLD_SIZE"])
-args = arguments(directory, max_steps=3, per_device_train_batch_size=4 // world, gradient_accumulation_steps=2,
-                 ddp_backend="gloo", dataloader_drop_last=True)
-context = {"train_dataset": context_rows(24), "data_collator": context_collator()}
-ranked = {"train_dataset": groups(24), "data_collator": RankingCollator(pad_token_id=0)}
-found = {}
-for name, trainer in {
-    "linear": LinearTrainer(model_of(), args, train_dataset=rows(24)),
-    "logits": Distiller(model_of(), args, teacher_model=model_of(seed=5), **context),
-    "hidden": Distiller(model_of(), args, teacher_model=model_of(seed=5), from_hidden_states=True, **context),
-    "ranking": Ranker(reward_model(), args, **ranked),
-}.items():
-    trainer.train()
-    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    found[name] = logged, trainer.model.state_dict()
-if trainer.is_world_process_zero():
-    torch.save(found, directory / f"{world}.pt")
+
+
+def runs(directory, world):
+    args = arguments(directory, max_steps=3, per_device_train_batch_size=4 // world, gradient_accumulation_steps=2,
+                     ddp_backend="gloo", dataloader_drop_last=True)
+    context = {"train_dataset": context_rows(24), "data_collator": context_collator()}
+    ranked = {"train_dataset": groups(24), "data_collator": RankingCollator(pad_token_id=0)}
+    found = {}
+    for name, trainer in {
+        "linear": LinearTrainer(model_of(), args, train_dataset=rows(24)),
+        "logits": Distiller(model_of(), args, teacher_model=model_of(seed=5), **context),
+        "hidden": Distiller(model_of(), args, teacher_model=model_of(seed=5), from_hidden_states=True, **context),
+        "ranking": Ranker(reward_model(), args, **ranked),
+    }.items():
+        trainer.train()
+        logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        found[name] = logged, trainer.model.state_dict()
+    if trainer.is_world_process_zero():
+        torch.save(found, directory / f"{world}.pt")
+
+
+runs(Path(sys.argv[2]), int(os.environ["WORLD_SIZE"]))
+gc.collect()  # DDP must not outlive its process group: its end would wait for gloo's threads, and they for the GIL
 torch.distributed.destroy_process_group()
 """
 

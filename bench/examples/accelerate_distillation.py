@@ -12,7 +12,7 @@ import contextlib
 import itertools
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -72,3 +72,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--accumulation", type=int, default=8, help="micro-batches of a step in each process")
     train(parser.parse_args().accumulation)
+    PartialState().destroy_process_group()  # after the model is dropped: DDP must not outlive its process group
