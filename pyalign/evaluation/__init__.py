@@ -7,6 +7,7 @@
 ``choices``         the formulas of it, of plain scores
 ``last_word``       last-word prediction
 ``human_eval``      completions of programs, run against their tests
+``completion``      a language model that writes them
 ``estimates``       means with intervals, paired differences, pass@k
 ``results``         what an evaluation came to, item by item; the alignment tax
 ``calibration``     whether probabilities are what they say, and the plot of it
@@ -16,6 +17,7 @@
 
 from pyalign.evaluation.calibration import ChoiceCalibration, choice_calibration, plot_calibration
 from pyalign.evaluation.choices import choice_metrics
+from pyalign.evaluation.completion import Writer
 from pyalign.evaluation.estimates import (
     Estimate,
     PairedDifference,
@@ -25,6 +27,15 @@ from pyalign.evaluation.estimates import (
     sign_test,
     wilson_interval,
 )
+from pyalign.evaluation.human_eval import (
+    Completion,
+    HumanEvalEvaluation,
+    Problem,
+    evaluate_human_eval,
+    read_completions,
+    read_problems,
+)
+from pyalign.evaluation.last_word import LastWordEvaluation, evaluate_last_words, last_word_evaluation
 from pyalign.evaluation.likelihood import Reader
 from pyalign.evaluation.multiple_choice import (
     MultipleChoiceEvaluation,
@@ -44,26 +55,36 @@ from pyalign.evaluation.results import Comparison, Evaluation, alignment_tax
 __all__ = [
     "ChoiceCalibration",
     "Comparison",
+    "Completion",
     "Estimate",
     "Evaluation",
+    "HumanEvalEvaluation",
     "LastWord",
+    "LastWordEvaluation",
     "MultipleChoiceEvaluation",
     "PairedDifference",
+    "Problem",
     "Question",
     "Reader",
+    "Writer",
     "alignment_tax",
     "choice_calibration",
     "choice_evaluation",
     "choice_metrics",
+    "evaluate_human_eval",
+    "evaluate_last_words",
     "evaluate_multiple_choice",
+    "last_word_evaluation",
     "last_word_examples",
     "mean_estimate",
     "paired_difference",
     "pass_at_k",
     "plot_calibration",
+    "read_completions",
     "read_last_words",
     "read_multiple_choice",
     "read_pairs",
+    "read_problems",
     "sign_test",
     "wilson_interval",
 ]

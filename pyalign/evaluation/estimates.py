@@ -38,10 +38,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """How much better one run is than another on the same items: mean of value - baseline."""
+    """How far one run is above another on the same items: mean of value - baseline."""
 
     value: float
     """Mean difference; NaN of no items."""
+    mean: float
+    """Of the run, over the items that have a value in both."""
+    baseline: float
+    """The same of the baseline."""
     n: int
     """How many items have a value in both runs."""
     standard_error: float
@@ -49,16 +53,16 @@ class PairedDifference:
     lower: float
     upper: float
     """Of the interval."""
-    wins: int
-    """Items on which the run is better (higher) than the baseline."""
-    losses: int
-    """Items on which it is worse."""
+    above: int
+    """Items on which the run is above the baseline."""
+    below: int
+    """Items on which it is below."""
     p_value: float
     """Of the two-sided exact sign test over the items that differ; McNemar's exact test where items are 0 or 1."""
 
     def __str__(self) -> str:
         spread = f"{self.lower:+.4f} to {self.upper:+.4f}, n = {self.n}"
-        return f"{self.value:+.4f} ({spread}, {self.wins} better, {self.losses} worse, p = {self.p_value:.3g})"
+        return f"{self.value:+.4f} ({spread}, {self.above} above, {self.below} below, p = {self.p_value:.3g})"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: what is no finite number becomes None."""
@@ -167,7 +171,7 @@ def paired_difference(
             _checks.refuse(name, f"{side.min()} to {side.max()}", "numbers from 0 to 1, of a proportion")
     with np.errstate(invalid="ignore"):  # infinite on both sides
         difference = x - y
-    wins, losses = int((difference > 0).sum()), int((difference < 0).sum())
+    above, below = int((difference > 0).sum()), int((difference < 0).sum())
     value, error = _mean(difference), _standard_error(difference)
     if proportion:
         gained, lost = (math.fsum(side[side > 0]) for side in (difference, -difference))
@@ -176,19 +180,23 @@ def paired_difference(
         lower, upper = max(p - q - spread, -1.0), min(p - q + spread, 1.0)
     else:
         lower, upper = value - z * error, value + z * error
-    return PairedDifference(value, n, error, lower, upper, wins, losses, sign_test(wins, losses))
+    p_value = sign_test(above, below)
+    return PairedDifference(value, _mean(x), _mean(y), n, error, lower, upper, above, below, p_value)
 
 
-def sign_test(wins: int, losses: int) -> float:
-    """Two-sided exact p-value of wins against losses if both were equally likely: min(1, 2 P(X <= min(wins, losses))),
-    X binomial(wins + losses, 1/2). On items that are right or wrong it is McNemar's exact test. Ties don't count.
+def sign_test(above: int, below: int) -> float:
+    """Two-sided exact p-value of above against below, if an item that differs were equally likely to do either.
+
+        min(1, 2 P(X <= min(above, below))),  X binomial(above + below, 1/2)
+
+    On items that are right or wrong it is McNemar's exact test. Items that don't differ don't count.
 
     Raises:
         ValueError: a negative number.
     """
-    if min(wins, losses) < 0:
-        _checks.refuse("wins, losses", f"{wins}, {losses}", "numbers >= 0")
-    n, fewer = wins + losses, min(wins, losses)
+    if min(above, below) < 0:
+        _checks.refuse("above, below", f"{above}, {below}", "numbers >= 0")
+    n, fewer = above + below, min(above, below)
     if 2 * fewer >= n - 1:
         return 1.0
     logs = [math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1) for i in range(fewer + 1)]

@@ -200,7 +200,7 @@ class PairScorer:
         reward = score == "reward"
         auto_class = "AutoModelForSequenceClassification" if reward else "AutoModelForCausalLM"
         loading = {"gguf_file": gguf_file, "dtype": dtype, "device": device}
-        model, tokenizer, digest = _load("model", model, tokenizer, auto_class, loading)
+        model, tokenizer, digest = load_model("model", model, tokenizer, auto_class, loading)
         padding = next((p for p in (model.config.pad_token_id, tokenizer.pad_token_id) if p is not None), 0)
         self._reward = RewardScorer(model, padding=padding, share_prefix=share_prefix, label=label) if reward else None
         self._policy = None if reward else CausalScorer(model, padding=padding, share_prefix=share_prefix)
@@ -221,7 +221,7 @@ class PairScorer:
         from_path = isinstance(reference, (str, Path))
         loading = {**loading, "gguf_file": None} if from_path else dict.fromkeys(loading)
         own_tokenizer = None if from_path else tokenizer
-        loaded, own, digest = _load("reference", reference, own_tokenizer, "AutoModelForCausalLM", loading)
+        loaded, own, digest = load_model("reference", reference, own_tokenizer, "AutoModelForCausalLM", loading)
         if tokenizer_digest(own) != self.digests["tokenizer"]:
             raise OptionError("reference", f"got {reference} with another tokenizer; wanted the model's")
         self._reference = CausalScorer(loaded, padding=padding, share_prefix=share_prefix)
@@ -440,7 +440,7 @@ def _is_reward_model(model: Any, gguf_file: str | None) -> bool:
     return any("SequenceClassification" in name for name in config.get("architectures") or ())
 
 
-def _load(
+def load_model(
     option: str, model: Any, tokenizer: Any, auto_class: str, loading: dict[str, Any]
 ) -> tuple[Any, Any, str | None]:
     """The model in eval mode, its tokenizer, and its digest where it was read from a directory."""
