@@ -1,0 +1,124 @@
+"""Runs the paper's experiments and writes their report; a run that was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.paper.experiment import MODULES, PRESETS, Preset, find
+from bench.paper.report import Section, assemble
+from bench.paper.runs import Store, Unit, estimate, missing, run_all, set_up_process
+from pyalign import __version__
+from pyalign._files import DirectoryInUseError, exclusive
+from pyalign._optional import require
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "paper"
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m bench.paper", description=__doc__)
+    made.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=f"of {', '.join(MODULES)}; all by default")
+    size = made.add_mutually_exclusive_group()
+    for name, text in (("quick", "small sizes, minutes"), ("gpu", "large sizes on real text, an hour of one GPU")):
+        size.add_argument(f"--{name}", dest="preset", action="store_const", const=name, default="full", help=text)
+    made.add_argument("--text", type=Path, help="file or directory for --gpu; default: Python's standard library")
+    made.add_argument("--work", type=Path, help="where finished runs are kept; default: bench/results/paper/runs")
+    made.add_argument("--out", type=Path, help="where report.md goes; default: bench/results/paper[/quick or /gpu]")
+    made.add_argument("--workers", type=int, help="processes of one thread; default: one for each core, none on a GPU")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    refused = _refused(options)
+    if refused:
+        print(f"bench.paper: {refused}", file=sys.stderr)
+        return 1
+    preset = Preset(options.preset, "cuda" if options.preset == "gpu" else "cpu", options.text)
+    work = options.work or RESULTS / "runs"
+    out = options.out or (RESULTS if preset.name == "full" else RESULTS / preset.name)
+    workers = options.workers
+    if workers is None:
+        workers = 0 if preset.device == "cuda" else len(os.sched_getaffinity(0))
+    console: Any = require("rich.console", extra="bench").Console(stderr=True)
+    try:
+        with exclusive(work):
+            path = run(options.experiments or list(MODULES), preset, Store(work), out, workers, console)
+    except (DirectoryInUseError, FileNotFoundError) as error:
+        print(f"bench.paper: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("bench.paper: stopped; the same command goes on with what is finished", file=sys.stderr)
+        return 130
+    print(path)
+    return 0
+
+
+def _refused(options: argparse.Namespace) -> str | None:
+    unknown = [name for name in options.experiments if name not in MODULES]
+    if unknown:
+        return f"EXPERIMENT: got {', '.join(unknown)}; wanted some of {', '.join(MODULES)}"
+    if options.text is not None and options.preset != "gpu":
+        return f"--text: got {options.text}; wanted none without --gpu, whose experiments alone read real text"
+    if options.workers is not None and options.workers < 0:
+        return f"--workers: got {options.workers}; wanted 0, to run in this process, or more"
+    if options.preset == "gpu" and not torch.cuda.is_available():
+        return "--gpu: got no CUDA device; wanted one"
+    return None
+
+
+def run(
+    names: Sequence[str], preset: Preset, store: Store, out: Path, workers: int, console: Any = None
+) -> Path:  # fmt: skip
+    """Runs the experiments that ``names`` names and writes report.md, with what is finished of the others."""
+    assert preset.name in PRESETS or workers == 0
+    experiments = {name: find(name) for name in MODULES}
+    units = {name: experiment.units(preset) for name, experiment in experiments.items()}
+    chosen = [unit for name in names for unit in units[name]]
+    todo = missing(chosen, store)
+    if console is not None:
+        minutes = estimate(todo, max(workers, 1)) / 60
+        where = "the GPU" if preset.device == "cuda" else f"{max(workers, 1)} cores"
+        about = "unknown on a GPU" if preset.device == "cuda" else f"about {minutes:.0f} min on {where}"
+        console.print(f"{len(todo)} of {len(chosen)} runs to do, {about}; finished ones are kept in {store.directory}")
+    if workers == 0:
+        set_up_process()
+    run_all(chosen, store, workers, console)
+    sections: dict[str, Section] = {}
+    absent: dict[str, str] = {}
+    finished: list[Unit] = []
+    for name, experiment in experiments.items():
+        left = len(missing(units[name], store))
+        if left:
+            absent[name] = (
+                f"{left} of its {len(units[name])} runs are not there; python -m bench.paper {name} runs them"
+            )
+            continue
+        results = [(unit, store.result(unit) or {}) for unit in units[name]]
+        sections[name] = experiment.section(results, out)
+        finished += units[name]
+    return assemble(out, _command(preset), _about(preset, finished, store), sections, absent)
+
+
+def _command(preset: Preset) -> str:
+    return "python -m bench.paper" + ("" if preset.name == "full" else f" --{preset.name}")
+
+
+def _about(preset: Preset, units: Sequence[Unit], store: Store) -> str:
+    device = torch.cuda.get_device_name() if preset.device == "cuda" else platform.machine()
+    minutes = sum(store.seconds(unit) for unit in units) / 60
+    return (
+        f"Preset {preset.name}: {len(units):,} runs on {device}, {minutes:.1f} minutes of one "
+        f"{'GPU' if preset.device == 'cuda' else 'core'}; pyalign {__version__}, torch {torch.__version__}."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
