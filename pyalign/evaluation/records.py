@@ -356,6 +356,7 @@ def _question(raw: RawRow, formats: Formats, subset: str | None, default: str | 
         raise ValueError(f"choices: got {choices!r:.60}; wanted a list of texts")
     if not isinstance(text, str):
         raise ValueError(f"context: got {text!r:.60}; wanted a text")
+    whole("context", text)
     labels: list[Any] = label if isinstance(label, list) else [label]  # pyright: ignore[reportUnknownVariableType]
     for x in labels:
         if isinstance(x, bool) or not isinstance(x, int) or not 0 <= x < len(choices):  # pyright: ignore[reportUnknownArgumentType]
@@ -370,6 +371,7 @@ def _big_bench(
     scores = example.get("target_scores") if isinstance(example, Mapping) else None
     if not isinstance(scores, Mapping) or not isinstance(example.get("input"), str):
         raise ValueError("got an example without input and target_scores; wanted those of a multiple-choice task")
+    whole("input", example["input"])
     for text, score in scores.items():
         if isinstance(score, bool) or not isinstance(score, (int, float)):
             raise ValueError(f"target_scores: got {score!r:.40} for {text!r:.40}; wanted a number")
