@@ -148,6 +148,7 @@ def test_texts_of_the_last_words_are_whole_paragraphs():
 # Experiments
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_the_tax_of_a_tiny_model(preset: Preset, tmp_path: Path):
     experiment, store = find("tax"), Store(tmp_path)
