@@ -8,8 +8,10 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -366,17 +368,19 @@ def test_a_killed_run_goes_on_and_writes_the_same_report(tmp_path, micro, monkey
 
 
 def test_runs_of_another_configuration_are_not_mixed_in(tmp_path, micro, monkeypatch):
-    run(["objectives"], tmp_path)
+    store = Store(tmp_path / "work")
+    for unit in find("objectives").units(MICRO):
+        store.keep(unit, {"accuracy": 1.0}, 0.0)
+    assert runs.missing(find("objectives").units(MICRO), store) == []
     changed = dataclasses.replace(objectives.SETTINGS["quick"], rate=1e-3)
     monkeypatch.setitem(objectives.SETTINGS, "quick", changed)
-    store = Store(tmp_path / "work")
     units = find("objectives").units(MICRO)
     assert runs.missing(units, store) == units
 
 
 def test_objectives_rank_what_imitation_cannot(tmp_path, micro, monkeypatch):
     settings = objectives.Settings(
-        ((8, 1, 1), (16, 1, 1)), seeds=2, steps=100, batch=32, length=8, test=500, tasks=("tokens",), vocab=8, rate=1e-2
+        ((8, 1, 1), (16, 1, 1)), seeds=2, steps=60, batch=32, length=8, test=500, tasks=("tokens",), vocab=8, rate=1e-2
     )
     monkeypatch.setitem(objectives.SETTINGS, "quick", settings)
     report = run(["objectives"], tmp_path).read_text()
@@ -422,7 +426,7 @@ def test_context_distillation_stops_where_the_prompt_does_not_help(tmp_path, mic
 
 
 def test_context_distillation_brings_the_student_to_the_prompted_teacher(tmp_path, micro, monkeypatch):
-    settings = context.Settings((32, 2, 2), 1, 2, 6, 4, 8, 350, 32, steps=60, test=50, vocab=48, rate=1e-2)
+    settings = context.Settings((32, 2, 2), 1, 2, 8, 4, 8, 400, 32, steps=60, test=50, vocab=48, rate=5e-3)
     monkeypatch.setitem(context.SETTINGS, "quick", settings)
     report = run(["context"], tmp_path).read_text()
     store = Store(tmp_path / "work")
@@ -487,14 +491,40 @@ def test_pytest_collects_nothing_here():
 
 
 @pytest.mark.slow
-def test_the_quick_preset_ends_and_its_report_has_every_section(tmp_path):
+def test_the_quick_preset_goes_on_after_a_kill_and_its_report_has_every_section(tmp_path):
     options = ["--quick", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--workers", "2"]
     command_line = [sys.executable, "-m", "bench.paper", *MODULES, *options]
+    killed = subprocess.Popen(command_line, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+    units = tmp_path / "work" / "units"
+    while not (units.exists() and len(list(units.glob("*.json"))) >= 3):
+        assert killed.poll() is None
+        time.sleep(0.1)
+    os.killpg(killed.pid, signal.SIGKILL)  # its workers too
+    killed.wait()
+    before = {path.name: path.read_bytes() for path in units.glob("*.json")}
     found = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert found.returncode == 0, found.stderr
+    assert {name: (units / name).read_bytes() for name in before} == before
     report = (tmp_path / "out" / "report.md").read_text()
     for name in MODULES:
         assert f"## {find(name).title}" in report
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "Absent" not in report
     assert "nan" not in report
+
+
+def test_an_interrupted_run_keeps_what_its_workers_finish(tmp_path):
+    options = ["--quick", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--workers", "1"]
+    command_line = [sys.executable, "-m", "bench.paper", "objectives", *options]
+    running = subprocess.Popen(command_line, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    units = tmp_path / "work" / "units"
+    while not (units.exists() and len(list(units.glob("*.json"))) >= 1):
+        assert running.poll() is None
+        time.sleep(0.1)
+    os.killpg(running.pid, signal.SIGINT)  # as Ctrl-C does
+    _, errors = running.communicate(timeout=120)
+    assert running.returncode == 130
+    assert "stopped; the same command goes on where it was" in errors
+    assert "Traceback" not in errors
+    assert not list(units.glob("*.tmp"))
+    assert not (tmp_path / "out").exists()

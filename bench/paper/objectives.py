@@ -46,7 +46,7 @@ SETTINGS = {
         ((16, 1, 1), (32, 2, 2)), seeds=3, steps=200, batch=32, length=14, test=1000, tasks=("interactions", "sort")
     ),
     "full": Settings(
-        ((8, 1, 1), (16, 2, 1), (32, 2, 2), (64, 2, 4), (128, 2, 8)), seeds=5, steps=600, batch=64, length=14, test=4000
+        ((8, 1, 1), (16, 2, 1), (32, 2, 2), (64, 2, 4), (128, 2, 8)), seeds=5, steps=500, batch=64, length=14, test=4000
     ),
     "gpu": Settings(
         ((64, 2, 2), (128, 5, 2), (256, 4, 4), (384, 6, 6), (640, 6, 10)), seeds=5, steps=500, batch=64, length=48,

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -97,6 +98,11 @@ def set_up_process() -> None:
     torch.set_float32_matmul_precision("high")  # a GPU's TF32; a CPU knows no such thing
 
 
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: what runs is finished and kept
+    set_up_process()
+
+
 def missing(units: Sequence[Unit], store: Store) -> list[Unit]:
     return [unit for unit in units if store.result(unit) is None]
 
@@ -144,7 +150,7 @@ def _run_in_processes(
     # The longest first, so that none is left for the end alone.
     queues = sorted(groups.values(), key=lambda queue: -sum(unit.seconds for unit in queue))
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=set_up_process)
+    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     running: dict[concurrent.futures.Future[None], list[Unit]] = {}
 
     def submit(queue: list[Unit]) -> None:

@@ -56,8 +56,3 @@ def fit_log(parameters: Sequence[float], accuracies: Sequence[Sequence[float]]) 
     """``accuracies`` has a row for each seed, as long as ``parameters``."""
     lines = [np.polyfit(np.log10(parameters), row, 1) for row in accuracies]
     return Fit(mean_interval([float(line[0]) for line in lines]), mean_interval([float(line[1]) for line in lines]))
-
-
-def binomial_error(share: float, count: int) -> float:
-    """Standard error of a share of ``count`` independent draws."""
-    return math.sqrt(share * (1 - share) / count)
