@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import itertools
 import json
@@ -330,6 +331,20 @@ def test_states_are_trained_once(tmp_path):
     assert len(calls) == 2
 
 
+def test_two_workers_train_a_state_once(tmp_path):
+    store, calls = Store(tmp_path), []
+
+    def train():
+        calls.append(1)
+        time.sleep(0.2)
+        return {"x": torch.ones(2)}
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: store.state("kind", {"seed": 0}, train)["x"], range(2)))
+    assert torch.equal(found[0], found[1])
+    assert len(calls) == 1
+
+
 def test_estimate_is_no_shorter_than_the_longest_group():
     units = [Unit("pmp", {"i": i}, "", group, 10.0) for i, group in enumerate("aaab")]
     assert runs.estimate(units, 2) == 30.0
@@ -411,7 +426,7 @@ def test_pmp_helps_where_the_target_agrees_and_hurts_untrained_where_it_conflict
     assert np.mean(found["ranked", "kept", "conflict", 0]) < 0.35
     assert np.mean(found["ranked", "kept", "agree", 64]) > np.mean(found["none", "new", "agree", 64]) + 0.05
     # Language modelling once for a seed, PMP once for each way.
-    assert len(list((tmp_path / "work" / "states").iterdir())) == 2 * 3
+    assert len(list((tmp_path / "work" / "states").glob("*.pt"))) == 2 * 3
     assert "Fine-tuned at the paper's 0.01x" in report
     assert "binarised PMP, head re-initialised" in report
 

@@ -212,9 +212,9 @@ def _first_answers(world: World, model: Transformer, prompt: Tensor | None) -> T
 def _figures(world: World, model: Transformer, teacher: Transformer, prompted: bool) -> dict[str, float]:
     """What a model reaches on held-out sequences, with the prompt or without.
 
-    accuracy: of the first answer of a dialogue, over all questions; probability: of the right one; dialogue_accuracy: of
-    all answers of dialogues, whose earlier ones are a hint; kl: to the prompted teacher, per token of X; text_loss: NLL
-    per token of text; other_rules_loss: NLL per token of dialogues that follow the other rules.
+    accuracy: of the first answer of a dialogue, over all questions; probability: of the right one;
+    dialogue_accuracy: of all answers of dialogues, whose earlier ones are a hint; kl: to the prompted teacher, per
+    token of X; text_loss: NLL per token of text; other_rules_loss: NLL per token of dialogues by the other rules.
     """
     c = world.c
     device, random = c["device"], tasks.generator(c["seed"], 14)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -74,12 +75,15 @@ class Store:
     def state(
         self, kind: str, config: Mapping[str, Any], train: Callable[[], Mapping[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """The tensors that ``train`` returned for this configuration, now or before."""
+        """The tensors that ``train`` returned for this configuration, now or before; another worker that is training
+        them is waited for."""
         path = self.directory / "states" / f"{key_of(kind, config)}.pt"
-        if not path.exists():
-            state = {name: x.detach().cpu() for name, x in train().items()}
-            with atomic_file(path) as temporary:
-                torch.save(state, temporary)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                state = {name: x.detach().cpu() for name, x in train().items()}
+                with atomic_file(path) as temporary:
+                    torch.save(state, temporary)
         return torch.load(path, weights_only=True)
 
 
