@@ -271,6 +271,12 @@ def test_mean_interval_is_students():
     assert str(statistics.Interval(0.5, 0.25, 0.75, 3)) == "0.500 [0.250, 0.750]"
 
 
+def test_a_difference_is_told_from_zero_by_its_interval():
+    found = [statistics.Interval(0.5, *ends, 3).told() for ends in ((0.1, 0.9), (-0.9, -0.1), (-0.1, 0.9))]
+    assert [x.partition(", ")[2].partition("], ")[2] for x in found] == ["above 0", "below 0", "not told from 0"]
+    assert statistics.Interval(0.5, math.nan, math.nan, 1).told() == "0.500 (one seed), not told from 0"
+
+
 def test_intervals_cover_the_mean_as_often_as_they_say():
     draws = np.random.default_rng(0).standard_normal((2000, 5))
     found = [statistics.mean_interval(row.tolist()) for row in draws]
@@ -455,6 +461,19 @@ def test_context_distillation_brings_the_student_to_the_prompted_teacher(tmp_pat
         assert student["accuracy"] > 0.9
     assert "(one seed)" in report
     assert "| top-8 dropped tail |" in report
+
+
+def test_the_gpu_presets_code_runs_on_real_text(tmp_path, monkeypatch):
+    for module, settings in MICRO_SETTINGS.items():
+        few = {"pmp_steps": 2, "counts": (16,), "factors": (0.01,)} if module is pmp else {}
+        monkeypatch.setitem(module.SETTINGS, "gpu", dataclasses.replace(settings, seeds=1, **few))
+    text = tmp_path / "text.txt"
+    text.write_bytes(bytes(torch.randint(97, 123, (70_000,), generator=tasks.generator(0)).tolist()))
+    path = command.run(list(MODULES), Preset("gpu", "cpu", text), Store(tmp_path / "work"), tmp_path / "out", 0)
+    report = path.read_text()
+    assert "windows of real text (bytes)" in report
+    assert "s and the ideal are those of a bigram model of the text" in report
+    assert "Absent" not in report
 
 
 def test_the_report_opens_with_claims_and_says_what_is_absent(tmp_path):

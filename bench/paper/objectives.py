@@ -244,7 +244,9 @@ def _claims(
     binary = [task for task in names if task in tasks.BINARY]
 
     def shown(chosen: Sequence[str]) -> str:
-        parts = (f"{t}: {differences[t][0]} at the smallest size, {differences[t][-1]} at the largest" for t in chosen)
+        parts = (
+            f"{t}: {differences[t][0].told()} (smallest size), {differences[t][-1].told()} (largest)" for t in chosen
+        )
         return f"difference of accuracies, {'; '.join(parts)} ({differences[chosen[0]][0].n} seeds, n below)"
 
     if ranked:

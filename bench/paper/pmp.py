@@ -309,11 +309,11 @@ def _claims(curves: Curves, counts: Sequence[int], size: str) -> list[Claim]:
 
     none, ranked = ("none", "new"), ("ranked", "kept")
     gains = "; ".join(
-        f"{arm}, {target}, {count:,} pairs: {gain(arm, none, target, count)}"
+        f"{arm}, {target}, {count:,} pairs: {gain(arm, none, target, count).told()}"
         for arm in ("ranked", "binarised") for target in TARGETS for count in shown_at
     )  # fmt: skip
     between = "; ".join(
-        f"{target}, {count:,} pairs: {gain('binarised', ranked, target, count)}"
+        f"{target}, {count:,} pairs: {gain('binarised', ranked, target, count).told()}"
         for target in TARGETS
         for count in shown_at
     )

@@ -26,6 +26,11 @@ class Interval(NamedTuple):
             return f"{self.mean:.3f} (one seed)"
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
+    def told(self) -> str:
+        """A difference in words: what its interval says of its sign."""
+        sign = "above 0" if self.low > 0 else "below 0" if self.high < 0 else "not told from 0"
+        return f"{self}, {sign}"
+
 
 def mean_interval(values: Sequence[float]) -> Interval:
     """The mean of one figure per seed; from one seed there is no interval, and its ends are NaN."""
