@@ -341,8 +341,10 @@ def _section(title: str, results: Sequence[tuple[Unit, dict[str, Any]]], directo
     ]
     best = difference_interval(values["top-50 bucket"]["accuracy"], values["prompted"]["accuracy"])
     full = difference_interval(values["full KL"]["accuracy"], values["prompted"]["accuracy"])
+    beside = f"top-50 bucket {best.told()}; full KL {full.told()}"
+    name = "text_loss"
     taxes = "; ".join(
-        f"{way}: {difference_interval(values[way]['text_loss'], values['plain']['text_loss']).told()}"
+        f"{way}: {difference_interval(values[way][name], values['plain'][name]).told()}"
         for way in ("prompted", "full KL", "top-50 bucket", "top-8 dropped tail")
     )
     size = f"width {c['shape'][0]}, {c['shape'][1]} layers"
@@ -352,7 +354,7 @@ def _section(title: str, results: Sequence[tuple[Unit, dict[str, Any]]], directo
         [
             Claim(
                 "context distillation is about as good as the prompt",
-                f"accuracy minus the prompted model's: top-50 bucket {best.told()}; full KL {full.told()} ({len(seeds)} seeds)",
+                f"accuracy minus the prompted model's: {beside} ({len(seeds)} seeds)",
                 size,
                 "that a student behaves as prompted where no training sequence went",
             ),

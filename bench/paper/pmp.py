@@ -84,6 +84,7 @@ class PreferencePretraining:
             "pmp_steps": s.pmp_steps, "pmp_batch": s.pmp_batch, "pmp_factor": s.pmp_factor, "lm_weight": s.lm_weight,
             "task": s.task, "correlation": s.correlation, "batch": s.batch, "test": s.test, "validation": s.validation,
         }  # fmt: skip
+        evaluation = training.evaluation_seconds(s.shape, 2 * (s.validation + s.test) * (s.length + 2))
         units: list[Unit] = []
         for seed in range(s.seeds):
             for arm, heads in ARMS.items():
@@ -98,7 +99,7 @@ class PreferencePretraining:
                                 }  # fmt: skip
                                 label = f"{arm} PMP, {head} head, {target}, {count} pairs, rate {factor}x, seed {seed}"
                                 steps = training.step_seconds(s.shape, 2 * s.batch * (s.length + 2)) * count / s.batch
-                                seconds = 0.4 + steps + preparation
+                                seconds = 0.2 + evaluation + steps + preparation
                                 units.append(Unit(self.name, config, label, f"{self.name} {arm} {seed}", seconds))
                                 preparation = 0.0  # its state is kept for the others of the group
         return units
