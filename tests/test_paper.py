@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import itertools
 import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -268,6 +271,12 @@ def test_mean_interval_is_students():
     assert str(statistics.Interval(0.5, 0.25, 0.75, 3)) == "0.500 [0.250, 0.750]"
 
 
+def test_a_difference_is_told_from_zero_by_its_interval():
+    found = [statistics.Interval(0.5, *ends, 3).told() for ends in ((0.1, 0.9), (-0.9, -0.1), (-0.1, 0.9))]
+    assert [x.partition(", ")[2].partition("], ")[2] for x in found] == ["above 0", "below 0", "not told from 0"]
+    assert statistics.Interval(0.5, math.nan, math.nan, 1).told() == "0.500 (one seed), not told from 0"
+
+
 def test_intervals_cover_the_mean_as_often_as_they_say():
     draws = np.random.default_rng(0).standard_normal((2000, 5))
     found = [statistics.mean_interval(row.tolist()) for row in draws]
@@ -328,6 +337,20 @@ def test_states_are_trained_once(tmp_path):
     assert len(calls) == 2
 
 
+def test_two_workers_train_a_state_once(tmp_path):
+    store, calls = Store(tmp_path), []
+
+    def train():
+        calls.append(1)
+        time.sleep(0.2)
+        return {"x": torch.ones(2)}
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: store.state("kind", {"seed": 0}, train)["x"], range(2)))
+    assert torch.equal(found[0], found[1])
+    assert len(calls) == 1
+
+
 def test_estimate_is_no_shorter_than_the_longest_group():
     units = [Unit("pmp", {"i": i}, "", group, 10.0) for i, group in enumerate("aaab")]
     assert runs.estimate(units, 2) == 30.0
@@ -366,17 +389,19 @@ def test_a_killed_run_goes_on_and_writes_the_same_report(tmp_path, micro, monkey
 
 
 def test_runs_of_another_configuration_are_not_mixed_in(tmp_path, micro, monkeypatch):
-    run(["objectives"], tmp_path)
+    store = Store(tmp_path / "work")
+    for unit in find("objectives").units(MICRO):
+        store.keep(unit, {"accuracy": 1.0}, 0.0)
+    assert runs.missing(find("objectives").units(MICRO), store) == []
     changed = dataclasses.replace(objectives.SETTINGS["quick"], rate=1e-3)
     monkeypatch.setitem(objectives.SETTINGS, "quick", changed)
-    store = Store(tmp_path / "work")
     units = find("objectives").units(MICRO)
     assert runs.missing(units, store) == units
 
 
 def test_objectives_rank_what_imitation_cannot(tmp_path, micro, monkeypatch):
     settings = objectives.Settings(
-        ((8, 1, 1), (16, 1, 1)), seeds=2, steps=100, batch=32, length=8, test=500, tasks=("tokens",), vocab=8, rate=1e-2
+        ((8, 1, 1), (16, 1, 1)), seeds=2, steps=60, batch=32, length=8, test=500, tasks=("tokens",), vocab=8, rate=1e-2
     )
     monkeypatch.setitem(objectives.SETTINGS, "quick", settings)
     report = run(["objectives"], tmp_path).read_text()
@@ -407,7 +432,7 @@ def test_pmp_helps_where_the_target_agrees_and_hurts_untrained_where_it_conflict
     assert np.mean(found["ranked", "kept", "conflict", 0]) < 0.35
     assert np.mean(found["ranked", "kept", "agree", 64]) > np.mean(found["none", "new", "agree", 64]) + 0.05
     # Language modelling once for a seed, PMP once for each way.
-    assert len(list((tmp_path / "work" / "states").iterdir())) == 2 * 3
+    assert len(list((tmp_path / "work" / "states").glob("*.pt"))) == 2 * 3
     assert "Fine-tuned at the paper's 0.01x" in report
     assert "binarised PMP, head re-initialised" in report
 
@@ -422,7 +447,7 @@ def test_context_distillation_stops_where_the_prompt_does_not_help(tmp_path, mic
 
 
 def test_context_distillation_brings_the_student_to_the_prompted_teacher(tmp_path, micro, monkeypatch):
-    settings = context.Settings((32, 2, 2), 1, 2, 6, 4, 8, 350, 32, steps=60, test=50, vocab=48, rate=1e-2)
+    settings = context.Settings((32, 2, 2), 1, 2, 8, 4, 8, 400, 32, steps=60, test=50, vocab=48, rate=5e-3)
     monkeypatch.setitem(context.SETTINGS, "quick", settings)
     report = run(["context"], tmp_path).read_text()
     store = Store(tmp_path / "work")
@@ -436,6 +461,19 @@ def test_context_distillation_brings_the_student_to_the_prompted_teacher(tmp_pat
         assert student["accuracy"] > 0.9
     assert "(one seed)" in report
     assert "| top-8 dropped tail |" in report
+
+
+def test_the_gpu_presets_code_runs_on_real_text(tmp_path, monkeypatch):
+    for module, settings in MICRO_SETTINGS.items():
+        few = {"pmp_steps": 2, "counts": (16,), "factors": (0.01,)} if module is pmp else {}
+        monkeypatch.setitem(module.SETTINGS, "gpu", dataclasses.replace(settings, seeds=1, **few))
+    text = tmp_path / "text.txt"
+    text.write_bytes(bytes(torch.randint(97, 123, (70_000,), generator=tasks.generator(0)).tolist()))
+    path = command.run(list(MODULES), Preset("gpu", "cpu", text), Store(tmp_path / "work"), tmp_path / "out", 0)
+    report = path.read_text()
+    assert "windows of real text (bytes)" in report
+    assert "s and the ideal are those of a bigram model of the text" in report
+    assert "Absent" not in report
 
 
 def test_the_report_opens_with_claims_and_says_what_is_absent(tmp_path):
@@ -487,14 +525,40 @@ def test_pytest_collects_nothing_here():
 
 
 @pytest.mark.slow
-def test_the_quick_preset_ends_and_its_report_has_every_section(tmp_path):
+def test_the_quick_preset_goes_on_after_a_kill_and_its_report_has_every_section(tmp_path):
     options = ["--quick", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--workers", "2"]
     command_line = [sys.executable, "-m", "bench.paper", *MODULES, *options]
+    killed = subprocess.Popen(command_line, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+    units = tmp_path / "work" / "units"
+    while not (units.exists() and len(list(units.glob("*.json"))) >= 3):
+        assert killed.poll() is None
+        time.sleep(0.1)
+    os.killpg(killed.pid, signal.SIGKILL)  # its workers too
+    killed.wait()
+    before = {path.name: path.read_bytes() for path in units.glob("*.json")}
     found = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert found.returncode == 0, found.stderr
+    assert {name: (units / name).read_bytes() for name in before} == before
     report = (tmp_path / "out" / "report.md").read_text()
     for name in MODULES:
         assert f"## {find(name).title}" in report
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "Absent" not in report
     assert "nan" not in report
+
+
+def test_an_interrupted_run_keeps_what_its_workers_finish(tmp_path):
+    options = ["--quick", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--workers", "1"]
+    command_line = [sys.executable, "-m", "bench.paper", "objectives", *options]
+    running = subprocess.Popen(command_line, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    units = tmp_path / "work" / "units"
+    while not (units.exists() and len(list(units.glob("*.json"))) >= 1):
+        assert running.poll() is None
+        time.sleep(0.1)
+    os.killpg(running.pid, signal.SIGINT)  # as Ctrl-C does
+    _, errors = running.communicate(timeout=120)
+    assert running.returncode == 130
+    assert "stopped; the same command goes on where it was" in errors
+    assert "Traceback" not in errors
+    assert not list(units.glob("*.tmp"))
+    assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench.paper.experiment import MODULES, PRESETS, Absent, Preset, find
+from bench.paper.experiment import MODULES, Absent, Preset, find
 from bench.paper.report import Section, assemble
 from bench.paper.runs import Store, Unit, estimate, missing, run_all, set_up_process
 from pyalign import __version__
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench.paper: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("bench.paper: stopped; the same command goes on with what is finished", file=sys.stderr)
+        print("bench.paper: stopped; the same command goes on where it was", file=sys.stderr)
         return 130
     print(path)
     return 0
@@ -99,7 +99,6 @@ def run(
     Raises:
         Absent: an experiment that was named lacks something.
     """
-    assert preset.name in PRESETS or workers == 0
     experiments = {name: find(name) for name in MODULES}
     units: dict[str, list[Unit]] = {}
     absent: dict[str, str] = {}
@@ -114,8 +113,8 @@ def run(
     todo = missing(chosen, store)
     if console is not None:
         minutes = estimate(todo, max(workers, 1)) / 60
-        where = "the GPU" if preset.device == "cuda" else f"{max(workers, 1)} cores"
-        about = "unknown on a GPU" if preset.device == "cuda" else f"about {minutes:.0f} min on {where}"
+        cores = "1 core" if workers <= 1 else f"{workers} cores"
+        about = "unknown on a GPU" if preset.device == "cuda" else f"about {minutes:.0f} min on {cores}"
         console.print(f"{len(todo)} of {len(chosen)} runs to do, {about}; finished ones are kept in {store.directory}")
     if workers == 0:
         set_up_process()

@@ -46,7 +46,7 @@ SETTINGS = {
         ((16, 1, 1), (32, 2, 2)), seeds=3, steps=200, batch=32, length=14, test=1000, tasks=("interactions", "sort")
     ),
     "full": Settings(
-        ((8, 1, 1), (16, 2, 1), (32, 2, 2), (64, 2, 4), (128, 2, 8)), seeds=5, steps=600, batch=64, length=14, test=4000
+        ((8, 1, 1), (16, 2, 1), (32, 2, 2), (64, 2, 4), (128, 2, 8)), seeds=5, steps=400, batch=64, length=14, test=4000
     ),
     "gpu": Settings(
         ((64, 2, 2), (128, 5, 2), (256, 4, 4), (384, 6, 6), (640, 6, 10)), seeds=5, steps=500, batch=64, length=48,
@@ -75,7 +75,8 @@ class Objectives:
                             "test": s.test, "rate": s.rate * (64 / shape[0]) ** 0.5, "device": preset.device,
                         }  # fmt: skip
                         sequences = s.batch if objective == "imitation" else 2 * s.batch
-                        seconds = 1.0 + s.steps * training.step_seconds(shape, sequences * (s.length + 2))
+                        seconds = 0.5 + s.steps * training.step_seconds(shape, sequences * (s.length + 2))
+                        seconds += training.evaluation_seconds(shape, 2 * s.test * (s.length + 2))
                         label = f"{task}, {objective}, width {shape[0]}, seed {seed}"
                         units.append(Unit(self.name, config, label, f"{self.name} {label}", seconds))
         return units
@@ -244,7 +245,9 @@ def _claims(
     binary = [task for task in names if task in tasks.BINARY]
 
     def shown(chosen: Sequence[str]) -> str:
-        parts = (f"{t}: {differences[t][0]} at the smallest size, {differences[t][-1]} at the largest" for t in chosen)
+        parts = (
+            f"{t}: {differences[t][0].told()} (smallest size), {differences[t][-1].told()} (largest)" for t in chosen
+        )
         return f"difference of accuracies, {'; '.join(parts)} ({differences[chosen[0]][0].n} seeds, n below)"
 
     if ranked:

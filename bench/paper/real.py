@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.metadata
 import math
+import os
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -95,6 +96,7 @@ def finite(x: float) -> float | None:
 
 @functools.lru_cache(maxsize=1)
 def _loaded(path: str, device: str) -> tuple[Any, Any]:
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of its own, beside the run's
     transformers = require("transformers", extra="dev")
     directory, arguments = Path(path), dict[str, Any](local_files_only=True)
     if directory.suffix == ".gguf":

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import fcntl
 import hashlib
 import json
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -73,12 +75,15 @@ class Store:
     def state(
         self, kind: str, config: Mapping[str, Any], train: Callable[[], Mapping[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """The tensors that ``train`` returned for this configuration, now or before."""
+        """The tensors that ``train`` returned for this configuration, now or before; another worker that is training
+        them is waited for."""
         path = self.directory / "states" / f"{key_of(kind, config)}.pt"
-        if not path.exists():
-            state = {name: x.detach().cpu() for name, x in train().items()}
-            with atomic_file(path) as temporary:
-                torch.save(state, temporary)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                state = {name: x.detach().cpu() for name, x in train().items()}
+                with atomic_file(path) as temporary:
+                    torch.save(state, temporary)
         return torch.load(path, weights_only=True)
 
 
@@ -95,6 +100,11 @@ def run_unit(unit: Unit, directory: Path) -> None:
 def set_up_process() -> None:
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")  # a GPU's TF32; a CPU knows no such thing
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: what runs is finished and kept
+    set_up_process()
 
 
 def missing(units: Sequence[Unit], store: Store) -> list[Unit]:
@@ -144,7 +154,7 @@ def _run_in_processes(
     # The longest first, so that none is left for the end alone.
     queues = sorted(groups.values(), key=lambda queue: -sum(unit.seconds for unit in queue))
     context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=set_up_process)
+    pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     running: dict[concurrent.futures.Future[None], list[Unit]] = {}
 
     def submit(queue: list[Unit]) -> None:

@@ -26,6 +26,11 @@ class Interval(NamedTuple):
             return f"{self.mean:.3f} (one seed)"
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
+    def told(self) -> str:
+        """A difference in words: what its interval says of its sign."""
+        sign = "above 0" if self.low > 0 else "below 0" if self.high < 0 else "not told from 0"
+        return f"{self}, {sign}"
+
 
 def mean_interval(values: Sequence[float]) -> Interval:
     """The mean of one figure per seed; from one seed there is no interval, and its ends are NaN."""
@@ -56,8 +61,3 @@ def fit_log(parameters: Sequence[float], accuracies: Sequence[Sequence[float]]) 
     """``accuracies`` has a row for each seed, as long as ``parameters``."""
     lines = [np.polyfit(np.log10(parameters), row, 1) for row in accuracies]
     return Fit(mean_interval([float(line[0]) for line in lines]), mean_interval([float(line[1]) for line in lines]))
-
-
-def binomial_error(share: float, count: int) -> float:
-    """Standard error of a share of ``count`` independent draws."""
-    return math.sqrt(share * (1 - share) / count)

@@ -143,31 +143,34 @@ def framed(x: Tensor, *before: int, end: int) -> Tensor:
 
 
 class Quality:
-    """A random quality q(x), with mean 0 and standard deviation 1 under the source and no correlation with log p0(x):
-    what has to be learned is not what is likely.
+    """A random quality q(x) = a . f(x), with mean 0 and standard deviation 1 under the source and no correlation with
+    log p0(x): what has to be learned is not what is likely.
 
-    "tokens": a sum of a random worth of each token. "interactions": a random network of one hidden layer over the
-    counts of tokens, sum_k a_k tanh(sum_t u_k[x_t]), k < 16.
+    "tokens": f are the counts n of tokens, so that a is the worth of each. "interactions": a hidden layer on top of
+    them, f = tanh(n U) with 16 units. Normal a, with its part along cov(f, log p0) taken out.
     """
 
     def __init__(self, source: Source, task: str, length: int, seed: int) -> None:
         random = generator(seed, 2)
-        units = {"tokens": 1, "interactions": 16}[task]
-        self._linear = units == 1
-        worth = torch.randn(source.vocab, units, generator=random, dtype=torch.float64)
-        self._worth = worth if self._linear else worth * (4 / length) ** 0.5  # (V, K); tanh of sums with variance 4
-        self._out = torch.randn(units, generator=random, dtype=torch.float64)  # (K,)
-        self._source, self._likelihood, self._mean, self._deviation = source, 0.0, 0.0, 1.0
+        self._vocab, self._hidden = source.vocab, None
+        if task == "interactions":
+            normal = torch.randn(source.vocab, 16, generator=random, dtype=torch.float64)
+            self._hidden = normal * (4 / length) ** 0.5  # (V, 16); what tanh is taken of has variance 4
         x = source.draw(IDEAL_DRAWS, length, random)
-        raw, logprob = self(x), source.logprob(x)
-        self._likelihood = float(torch.cov(torch.stack((raw, logprob)))[0, 1] / logprob.var())
-        without = self(x)
-        self._mean, self._deviation = float(without.mean()), float(without.std())
+        features, logprob = self._features(x), source.logprob(x)
+        likely = (features - features.mean(0)).T @ (logprob - logprob.mean())  # (K,)
+        out = torch.randn(features.shape[1], generator=random, dtype=torch.float64)
+        out -= (out @ likely) / (likely @ likely) * likely
+        raw = features @ out
+        self._out, self._mean = out / raw.std(), float(raw.mean() / raw.std())
+
+    def _features(self, x: Tensor) -> Tensor:  # (B, T) -> (B, K)
+        counts = torch.zeros(len(x), self._vocab, dtype=torch.float64)
+        counts.scatter_add_(1, x, torch.ones(x.shape, dtype=torch.float64))
+        return counts if self._hidden is None else torch.tanh(counts @ self._hidden)
 
     def __call__(self, x: Tensor) -> Tensor:  # (B, T) -> (B,) float64
-        sums = self._worth[x].sum(1)  # (B, K)
-        raw = (sums if self._linear else sums.tanh()) @ self._out
-        return (raw - self._likelihood * self._source.logprob(x) - self._mean) / self._deviation
+        return self._features(x) @ self._out - self._mean
 
 
 @functools.lru_cache(maxsize=16)
