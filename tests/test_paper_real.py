@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -200,3 +202,30 @@ def test_what_is_missing_is_said(preset: Preset, tmp_path: Path):
     with pytest.raises(Absent, match="no --pairs"):
         find("preference").units(Preset("quick", model=preset.model))
     assert command.main(["tax", "--quick", "--work", str(tmp_path / "w"), "--out", str(tmp_path / "o")]) == 1
+
+
+@pytest.mark.slow
+def test_the_quick_preset_on_smollm2_and_real_data(tmp_path: Path):
+    data = Path(os.environ.get("PYALIGN_PAPER_DATA", ROOT.parent / "shared" / "data"))
+    if not (data / "hhh_alignment").is_dir():
+        pytest.skip("set PYALIGN_PAPER_DATA to a directory with hhh_alignment, truthful_qa_mc.json and hh-rlhf's pairs")
+    try:
+        real.model_of(Preset("quick"))
+    except Absent as lack:
+        pytest.skip(str(lack))
+    files = ["--hhh", data / "hhh_alignment", "--truthful-qa", data / "truthful_qa_mc.json"]
+    files += ["--pairs", data / "hh_rlhf_harmless_base_test.jsonl.gz"]
+    arguments = ["tax", "preference", "--quick", *files, "--work", tmp_path / "work", "--out", tmp_path / "out"]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.paper", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    report = (tmp_path / "out" / "report.md").read_text()
+    for name in ("tax", "preference"):
+        assert f"## {find(name).title}" in report
+    assert "48 pairs of hh_rlhf_harmless_base_test.jsonl.gz" in report
+    assert "HHH comparisons, mean log-prob" in report
