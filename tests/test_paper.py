@@ -549,6 +549,7 @@ def test_the_quick_preset_goes_on_after_a_kill_and_its_report_has_every_section(
     assert "nan" not in report
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_what_its_workers_finish(tmp_path):
     options = ["--quick", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--workers", "1"]
     command_line = [sys.executable, "-m", "bench.paper", "objectives", *options]
