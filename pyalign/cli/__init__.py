@@ -29,10 +29,10 @@ def build_app() -> typer.Typer:
 
 def main() -> None:
     """The entry point of the command ``pyalign``."""
-    if sys.argv[1:2] == ["info"] and importlib.util.find_spec("typer") is None:
+    if sys.argv[1:] in (["info"], ["info", "--json"]) and importlib.util.find_spec("typer") is None:
         from pyalign import _info
 
-        return _info.show(as_json="--json" in sys.argv[2:])
+        return _info.show(as_json=sys.argv[2:] == ["--json"])
     try:
         build_app()()
     except ModuleNotFoundError as error:
