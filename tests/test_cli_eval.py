@@ -188,6 +188,8 @@ def test_programs_from_a_file(tmp_path: Path):
     again = run(*arguments, "--allow-code-execution", "--k", 2)  # nothing is run again
     assert rows_of(out)[0]["metrics"] == {"pass@2": 1.0}
     assert "pass@2" in again.output
+    result = run(*arguments, "--allow-code-execution", "--memory", 512, code=1)
+    assert "memory_mib was None and is 512 now" in result.output
     result = run(*arguments, "--allow-code-execution", "--temperature", 1, code=1)
     assert "--temperature: got 1.0; wanted none with" in result.output
 
@@ -254,6 +256,27 @@ def test_killed_after_any_batch_it_goes_on_and_writes_the_same(
     assert {name.partition("/")[0] for name in rows_of(out)[0]["metrics"]} == {
         "per_byte", "information", "longest", "shortest",
     }  # fmt: skip
+
+
+def test_items_without_a_score_are_counted_and_stay_so(model_dir: Path, data: Path, monkeypatch: pytest.MonkeyPatch):
+    out = data.with_name("out.jsonl")
+    likelihoods = PairScorer.likelihoods
+
+    def broken(scorer: PairScorer, batch: Any, *, greedy: bool) -> torch.Tensor:
+        found = likelihoods(scorer, batch, greedy=greedy)
+        found[0] = -math.inf
+        return found
+
+    monkeypatch.setattr(PairScorer, "likelihoods", broken)
+    first = run(model_dir, data, "--out", out, "--device", "cpu", "--token-budget", 4096)
+    unscored = summary_of(out)["unscored"]
+    assert 0 < unscored < 12
+    assert f"{unscored} items have no score, and are left out" in first.output
+    assert summary_of(out)["estimates"]["overall"]["sum_logprob/accuracy"]["n"] < 12
+    rows = out.read_bytes()
+    again = run(model_dir, data, "--out", out, "--device", "cpu", "--token-budget", 4096)
+    assert f"{unscored} items have no score" in again.output
+    assert out.read_bytes() == rows
 
 
 def test_a_job_goes_on_only_where_everything_is_the_same(model_dir: Path, data: Path):

@@ -41,7 +41,7 @@ from pyalign.pair_scorer.records import (
 
 _WANTED = "context (or question), choices, label (or answer)"
 _SHOWN = 20  # malformed rows that are listed
-TURN = "\n\nAssistant:"
+TURN = RecordOptions.turn
 
 
 @dataclass(frozen=True)
