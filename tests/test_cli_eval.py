@@ -83,8 +83,8 @@ def test_choices(model_dir: Path, data: Path):
         information = [a - b for a, b in zip(row["logprobs"], row["null_logprobs"], strict=True)]
         assert row["metrics"]["information/accuracy"] == float(information.index(max(information)) == 1)
     accuracy = expected.estimate("information/accuracy")
-    assert summary["estimates"]["all"]["information/accuracy"] == pytest.approx(accuracy.to_dict(), rel=1e-6)
-    assert set(summary["estimates"]) == {"all", "a", "b"}
+    assert summary["estimates"]["overall"]["information/accuracy"] == pytest.approx(accuracy.to_dict(), rel=1e-6)
+    assert set(summary["estimates"]) == {"overall", "a", "b"}
     assert summary["ece"]["per_byte"] == pytest.approx(float(expected.calibration("per_byte").ece), rel=1e-4)
     assert f"{accuracy.value:.1%}" in result.output
     assert f"{accuracy.lower:.1%} to {accuracy.upper:.1%}" in result.output
@@ -104,7 +104,7 @@ def test_what_a_prompt_costs(model_dir: Path, data: Path):
         model_dir, data, "--out", prompted, "--prompt-file", data.with_name("prompt.txt"), "--compare", plain, *options
     )
     tax = Evaluation.load(prompted).compare(Evaluation.load(plain))
-    assert summary_of(prompted)["differences"]["all"]["mean_logprob/probability"] == pytest.approx(
+    assert summary_of(prompted)["differences"]["overall"]["mean_logprob/probability"] == pytest.approx(
         tax["mean_logprob/probability"].to_dict()
     )
     assert summary_of(prompted)["baseline"] == str(plain)
@@ -131,12 +131,12 @@ def test_pairs_are_what_pyalign_score_makes_of_them(model_dir: Path, tmp_path: P
         *scorer.score_pairs(*([pair[name] for pair in pairs] for name in ("prompt", "chosen", "rejected")))
     )
     summary = summary_of(out)
-    assert summary["estimates"]["all"]["information/accuracy"]["value"] == pytest.approx(float(expected.accuracy))
-    assert summary["estimates"]["all"]["information/log_loss"]["value"] == pytest.approx(
+    assert summary["estimates"]["overall"]["information/accuracy"]["value"] == pytest.approx(float(expected.accuracy))
+    assert summary["estimates"]["overall"]["information/log_loss"]["value"] == pytest.approx(
         float(expected.log_loss), rel=1e-4
     )
     assert summary["ece"]["information"] == pytest.approx(float(expected.ece), rel=1e-4)
-    longer = summary["estimates"]["all"]["longest/accuracy"]["value"]
+    longer = summary["estimates"]["overall"]["longest/accuracy"]["value"]
     assert longer == 1.0  # " yes" is longer than " no"
 
 
@@ -148,7 +148,7 @@ def test_last_words(model_dir: Path, tmp_path: Path):
     examples = read_last_words(data, separator="\n\n", min_context_words=2)
     expected = evaluate_last_words(model_dir, examples, device="cpu")
     assert [row["target"] for row in rows_of(out)] == [" time", " king"]
-    assert summary_of(out)["estimates"]["all"]["log_loss"] == pytest.approx(
+    assert summary_of(out)["estimates"]["overall"]["log_loss"] == pytest.approx(
         expected.estimate("log_loss").to_dict(), rel=1e-5
     )
     assert f"{expected.estimate('log_loss').value:.4f}" in result.output
@@ -188,6 +188,8 @@ def test_programs_from_a_file(tmp_path: Path):
     again = run(*arguments, "--allow-code-execution", "--k", 2)  # nothing is run again
     assert rows_of(out)[0]["metrics"] == {"pass@2": 1.0}
     assert "pass@2" in again.output
+    result = run(*arguments, "--allow-code-execution", "--memory", 512, code=1)
+    assert "memory_mib was None and is 512 now" in result.output
     result = run(*arguments, "--allow-code-execution", "--temperature", 1, code=1)
     assert "--temperature: got 1.0; wanted none with" in result.output
 
@@ -254,6 +256,27 @@ def test_killed_after_any_batch_it_goes_on_and_writes_the_same(
     assert {name.partition("/")[0] for name in rows_of(out)[0]["metrics"]} == {
         "per_byte", "information", "longest", "shortest",
     }  # fmt: skip
+
+
+def test_items_without_a_score_are_counted_and_stay_so(model_dir: Path, data: Path, monkeypatch: pytest.MonkeyPatch):
+    out = data.with_name("out.jsonl")
+    likelihoods = PairScorer.likelihoods
+
+    def broken(scorer: PairScorer, batch: Any, *, greedy: bool) -> torch.Tensor:
+        found = likelihoods(scorer, batch, greedy=greedy)
+        found[0] = -math.inf
+        return found
+
+    monkeypatch.setattr(PairScorer, "likelihoods", broken)
+    first = run(model_dir, data, "--out", out, "--device", "cpu", "--token-budget", 4096)
+    unscored = summary_of(out)["unscored"]
+    assert 0 < unscored < 12
+    assert f"{unscored} items have no score, and are left out" in first.output
+    assert summary_of(out)["estimates"]["overall"]["sum_logprob/accuracy"]["n"] < 12
+    rows = out.read_bytes()
+    again = run(model_dir, data, "--out", out, "--device", "cpu", "--token-budget", 4096)
+    assert f"{unscored} items have no score" in again.output
+    assert out.read_bytes() == rows
 
 
 def test_a_job_goes_on_only_where_everything_is_the_same(model_dir: Path, data: Path):
@@ -366,7 +389,7 @@ def test_smollm2_on_hhh(tmp_path: Path):
     one, other = Evaluation.load(plain), Evaluation.load(prompted)
     assert one.ids == other.ids
     assert len(one) == 16
-    assert list(one.groups()) == ["all", "harmless", "helpful", "honest", "other"]
+    assert list(one.groups()) == ["overall", "harmless", "helpful", "honest", "other"]
     assert one.values["longest/accuracy"].tolist() == other.values["longest/accuracy"].tolist()
     assert max(abs(one.values["mean_logprob/probability"] - other.values["mean_logprob/probability"])) > 1e-3
     assert all(math.isfinite(x) for values in one.values.values() for x in values)

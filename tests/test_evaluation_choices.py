@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import runpy
 import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -179,7 +181,7 @@ def test_metrics_are_their_formulas(model: Any):
         for name, best in (("longest", max(lengths)), ("shortest", min(lengths))):
             tied = [t for t, n in zip(question.targets, lengths, strict=True) if n == best]
             assert found.values[f"{name}/accuracy"][i] == sum(tied) / len(tied)
-    assert [*found.groups()] == ["all", "x", "y"]
+    assert [*found.groups()] == ["overall", "x", "y"]
     assert found.estimate("sum_logprob/brier").n == 4
     assert set(found.scores) == set(SCORINGS)
 
@@ -400,6 +402,15 @@ def test_the_alignment_tax_is_the_difference_of_prompted_and_plain(model: Any):
     difference = prompted.values["sum_logprob/probability"] - plain.values["sum_logprob/probability"]
     assert np.abs(difference).max() > 1e-3
     assert (tax.value, tax.n) == (pytest.approx(difference.mean()), 5)
+
+
+def test_the_example_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    examples = Path(__file__).parent.parent / "bench" / "examples"
+    monkeypatch.syspath_prepend(str(examples))
+    runpy.run_path(str(examples / "evaluate.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines[::2]] == ["mean_logprob", "information", "longest"]
+    assert lines[-1].startswith("    prompted - plain: +0.0000")  # no prompt changes the length of an answer
 
 
 def test_a_reader_serves_several_evaluations(model: Any):

@@ -206,7 +206,7 @@ def test_runs_over_the_same_items_are_compared_per_metric_and_subset():
     assert tax["accuracy"].value == 0.25
     assert tax.differences["a"]["accuracy"].value == 0.5
     assert tax.differences["b"]["accuracy"].value == 0.0
-    assert list(tax.differences) == ["all", "a", "b"]
+    assert list(tax.differences) == ["overall", "a", "b"]
     assert tax.not_compared == ("other", "loss")
     assert aligned.estimate("accuracy", subset="a").value == 1.0
     assert set(aligned.estimates()["b"]) == {"accuracy", "other"}
@@ -239,8 +239,9 @@ def test_runs_over_other_items_are_refused():
         (lambda: Evaluation.of({}), "values: got no metric; wanted one or more"),
         (lambda: Evaluation.of({"a": [1], "b": [1, 2]}), r"values\['b'\]: got shape \(2,\); wanted \(1,\)"),
         (lambda: Evaluation.of({"a": [1]}, ids=["x", "y"]), "ids: got 2 entries; wanted 1, one an item"),
+        (lambda: Evaluation.of({"a": [1]}, subsets=["overall"]), "subsets: got 'overall'; wanted other names"),
         (lambda: Evaluation.of({"a": [1]}).estimate("b"), "metric: got 'b'; wanted one of 'a'"),
-        (lambda: Evaluation.of({"a": [1]}).estimate("a", subset="z"), "subset: got 'z'; wanted one of 'all'"),
+        (lambda: Evaluation.of({"a": [1]}).estimate("a", subset="z"), "subset: got 'z'; wanted one of 'overall'"),
     ],
 )
 def test_bad_arguments_are_named(call, message: str):

@@ -118,6 +118,10 @@ BAD = [
     ('{"context": "a", "choices": ["b", "c"], "label": true}', "label: got True; wanted an index"),
     ('{"context": "a", "choices": ["b", "c"], "label": "b"}', "label: got 'b'; wanted an index"),
     ('{"context": "a", "choices": ["b", "c"], "label": [0, 1]}', "targets: got 2 right choices of 2; wanted some"),
+    (
+        '{"context": "a", "choices": ["b", "c"], "label": 0, "subset": "overall"}',
+        "subset: got 'overall', which stands for all",
+    ),
     (r'{"context": "a", "choices": ["\ud83d", "c"], "label": 0}', r"choices\[0\]: got half a character at 0"),
     (r'{"context": "\ud83d", "choices": ["b", "c"], "label": 0}', "context: got half a character at 0"),
 ]

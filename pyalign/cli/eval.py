@@ -27,7 +27,7 @@ from pyalign.evaluation.job import (
 from pyalign.evaluation.likelihood import Reader
 from pyalign.evaluation.multiple_choice import BASELINES, SCORINGS
 from pyalign.evaluation.records import read_last_words, read_multiple_choice, read_pairs
-from pyalign.evaluation.results import Evaluation
+from pyalign.evaluation.results import OVERALL, Evaluation
 from pyalign.pair_scorer.records import FORMATS, files_digest
 
 _CHOICES, _READ, _PROGRAMS = ("multiple-choice", "pairs"), ("multiple-choice", "pairs", "last-word"), ("human-eval",)
@@ -281,7 +281,7 @@ def _show(session: Session, outcome: Outcome, settings: EvalSettings) -> None:
         say(_choices_table(outcome, settings))
     else:
         say(_plain_table(evaluation, settings))
-    if len(evaluation.groups()) > 1:
+    if len(evaluation.groups()) > 2:  # a single subset is all there is
         say(_subsets_table(evaluation, settings))
     if outcome.comparison is not None:
         say(_differences_table(outcome, settings))
@@ -294,6 +294,8 @@ def _show(session: Session, outcome: Outcome, settings: EvalSettings) -> None:
             f"{cut['response_tokens']}; {cut['dropped']} items dropped",
             highlight=False,
         )
+    if outcome.summary.get("unscored"):
+        say(f"{outcome.summary['unscored']} items have no score, and are left out", highlight=False)
     if "verdicts" in outcome.summary:
         say(", ".join(f"{n} {kind}" for kind, n in outcome.summary["verdicts"].items()), highlight=False)
     if outcome.written:
@@ -353,7 +355,10 @@ def _differences_table(outcome: Outcome, settings: EvalSettings) -> Any:
         f"minus {settings.baseline}, on the same items",
         "", "metric", "here", "there", "difference", f"{settings.level:.0%} interval", "above", "below", "p",
     )  # fmt: skip
-    for subset, part in outcome.comparison.differences.items():
+    differences = outcome.comparison.differences
+    for subset, part in differences.items():
+        if subset != OVERALL and len(differences) == 2:
+            continue
         for name, x in part.items():
             scoring, _, metric = name.rpartition("/")
             if scoring not in BASELINES and (not scoring or metric == "accuracy"):

@@ -155,13 +155,13 @@ def evaluate_items(
     texts = [(x.context, x.continuations if isinstance(x, Question) else (x.target,)) for x in items]
 
     def compute(log: Log | None) -> list[Likelihoods]:
-        return reader.read(texts, greedy=greedy, log=log, advance=progress.advance)
+        found = reader.read(texts, greedy=greedy, log=log, advance=progress.advance)
+        # As it is in the output, in which what isn't finite is None: such an item has no score.
+        return [x._replace(logprobs=_finite(x.logprobs), null_logprobs=_finite(x.null_logprobs)) for x in found]
 
     def restore(row: Mapping[str, Any]) -> Likelihoods:
-        logprobs, nulls = (_numbers(row[name]) for name in ("logprobs", "null_logprobs"))
-        return Likelihoods(
-            logprobs or (), nulls, tuple(row["tokens"]), None if row["greedy"] is None else tuple(row["greedy"])
-        )
+        greedy = None if row["greedy"] is None else tuple(row["greedy"])
+        return Likelihoods(_finite(row["logprobs"]), _finite(row["null_logprobs"]), tuple(row["tokens"]), greedy)
 
     with ExitStack() as stack:
         progress.start(0, len(items))
@@ -186,7 +186,8 @@ def evaluate_items(
                     "greedy": None if x.greedy is None else list(x.greedy),
                 }  # fmt: skip
 
-        counts = {"truncation": vars(reader.truncation), "notes": reader.scorer.notes}
+        unscored = sum(any(map(math.isnan, (*x.logprobs, *(x.null_logprobs or ())))) for x in found)
+        counts = {"truncation": vars(reader.truncation), "notes": reader.scorer.notes, "unscored": unscored}
         return _finish(settings, description, evaluation, baseline, rows(), _before(settings, counts, seconds, again))
 
 
@@ -215,7 +216,9 @@ def evaluate_programs(
     if isinstance(source, Writer) and min(k) > source.samples:
         raise OptionError("k", f"got {min(k)}; wanted at most {source.samples}, the samples of each problem")
     baseline = load_baseline(settings, [problem.task_id for problem in problems])
-    description = {"task": settings.task, **data, **(source.describe() if isinstance(source, Writer) else {})}
+    limits = {name: execution.get(name) for name in ("timeout", "memory_mib")}
+    description = {"task": settings.task, **data, **limits}
+    description |= source.describe() if isinstance(source, Writer) else {}
 
     def compute(log: Log | None) -> list[tuple[list[str], tuple[str, ...]]]:
         count = len(problems) * source.samples if isinstance(source, Writer) else 0
@@ -333,5 +336,6 @@ def _write(out: Path, rows: Iterator[dict[str, Any]]) -> None:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _numbers(values: Sequence[float | None] | None) -> tuple[float, ...] | None:
-    return None if values is None else tuple(math.nan if x is None else x for x in values)
+def _finite(values: Any) -> Any:
+    """A tuple of ``values``, NaN for what isn't a finite number; None for None."""
+    return None if values is None else tuple(x if x is not None and math.isfinite(x) else math.nan for x in values)

@@ -12,7 +12,7 @@ import numpy as np
 from pyalign import _checks
 from pyalign.evaluation.likelihood import Reader
 from pyalign.evaluation.records import LastWord
-from pyalign.evaluation.results import ALL, Evaluation
+from pyalign.evaluation.results import OVERALL, Evaluation
 from pyalign.pair_scorer.scorer import Likelihoods
 
 
@@ -20,7 +20,7 @@ from pyalign.pair_scorer.scorer import Likelihoods
 class LastWordEvaluation(Evaluation):
     """:class:`Evaluation` with the metrics ``accuracy`` and ``log_loss``."""
 
-    def perplexity(self, *, subset: str = ALL) -> float:
+    def perplexity(self, *, subset: str = OVERALL) -> float:
         """exp(mean log-loss), per word; lm-eval's ``perplexity`` of Lambada."""
         return math.exp(self.estimate("log_loss", subset=subset).value)
 

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 from pyalign import _checks
 from pyalign._options import OptionError, not_utf8
+from pyalign.evaluation.results import OVERALL
 from pyalign.pair_scorer.records import (
     FORMATS,
     PAIR,
@@ -40,7 +41,7 @@ from pyalign.pair_scorer.records import (
 
 _WANTED = "context (or question), choices, label (or answer)"
 _SHOWN = 20  # malformed rows that are listed
-TURN = "\n\nAssistant:"
+TURN = RecordOptions.turn
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def read_pairs(
                 continue
             # What the file cuts apart is joined again as it was.
             formatted = formats if formats.choice is not None else Formats(formats.question, "{choice}")
-            questions.append(formatted.make(prompt, texts, (True, False), record.category))
+            questions.append(formatted.make(prompt, texts, (True, False), _subset({}, None, record.category)))
     return _checked(questions, malformed, files)
 
 
@@ -403,11 +404,14 @@ def _choices(values: Sequence[Any]) -> list[str]:
     return list(values)
 
 
-def _subset(row: Mapping[str, Any], name: str | None, default: str | None) -> str | None:
-    value = row.get(name or "subset")
-    if value is None and name is not None:
-        raise ValueError(f"it has no {name!r}; wanted the subset of each row")
-    return default if value is None else str(value)
+def _subset(row: Mapping[str, Any], field: str | None, default: str | None) -> str | None:
+    value = row.get(field or "subset")
+    if value is None and field is not None:
+        raise ValueError(f"it has no {field!r}; wanted the subset of each row")
+    name = default if value is None else str(value)
+    if name == OVERALL:
+        raise ValueError(f"subset: got {name!r}, which stands for all items; wanted another name")
+    return name
 
 
 def _paths(paths: str | Path | Sequence[str | Path]) -> list[Path]:

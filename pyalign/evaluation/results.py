@@ -17,7 +17,7 @@ from pyalign._options import OptionError
 from pyalign.evaluation.estimates import Estimate, PairedDifference, mean_estimate, paired_difference
 from pyalign.pair_scorer.output import read_output
 
-ALL = "all"
+OVERALL = "overall"
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class Evaluation:
     """What tells the items apart, the same in every run over them."""
     subsets: tuple[str | None, ...]
     """The group of each item."""
+
+    def __post_init__(self) -> None:
+        if OVERALL in self.subsets:
+            _checks.refuse("subsets", repr(OVERALL), "other names: this one stands for all items")
 
     @classmethod
     def of(
@@ -91,12 +95,12 @@ class Evaluation:
         return len(self.ids)
 
     def groups(self) -> dict[str, NDArray[np.bool_]]:
-        """Which items are in each subset, in order of appearance, after "all"."""
+        """Which items are in each subset, in order of appearance, after "overall"."""
         names = list(dict.fromkeys(name for name in self.subsets if name is not None))
-        every = {ALL: np.ones(len(self), bool)}
+        every = {OVERALL: np.ones(len(self), bool)}
         return every | {name: np.array([x == name for x in self.subsets]) for name in names}
 
-    def estimate(self, metric: str, *, subset: str = ALL, level: float = 0.95) -> Estimate:
+    def estimate(self, metric: str, *, subset: str = OVERALL, level: float = 0.95) -> Estimate:
         """Mean of a metric with its standard error and interval (:func:`mean_estimate`).
 
         Raises:
@@ -107,7 +111,7 @@ class Evaluation:
         return mean_estimate(values[groups[subset]], proportion=_proportion(metric), level=level)
 
     def estimates(self, *, level: float = 0.95) -> dict[str, dict[str, Estimate]]:
-        """By subset, "all" first, and metric."""
+        """By subset, "overall" first, and metric."""
         return {
             subset: {metric: self.estimate(metric, subset=subset, level=level) for metric in self.values}
             for subset in self.groups()
@@ -151,13 +155,13 @@ class Comparison:
     """Of two runs over the same items."""
 
     differences: Mapping[str, Mapping[str, PairedDifference]]
-    """By subset, "all" first, and metric."""
+    """By subset, "overall" first, and metric."""
     not_compared: tuple[str, ...]
     """Metrics that one of the runs alone has."""
 
     def __getitem__(self, metric: str) -> PairedDifference:
         """Over all items."""
-        return self.differences[ALL][metric]
+        return self.differences[OVERALL][metric]
 
 
 def alignment_tax(aligned: Evaluation, plain: Evaluation, *, level: float = 0.95) -> Comparison:

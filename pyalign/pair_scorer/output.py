@@ -77,6 +77,7 @@ def _check_same(found: dict[str, Any], wanted: dict[str, Any], out: Path) -> Non
 
 
 def read_output(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a finished output."""
     if path.suffix == ".parquet":
         for batch in require("pyarrow.parquet").ParquetFile(path).iter_batches():
             yield from batch.to_pylist()
