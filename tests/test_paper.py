@@ -28,13 +28,14 @@ sys.path.append(str(ROOT))  # `python -m bench.paper` runs at the root, where be
 
 from bench.paper import __main__ as command  # noqa: E402
 from bench.paper import context, objectives, pmp, runs, statistics, tasks, training  # noqa: E402
-from bench.paper.experiment import MODULES, PRESETS, Preset, find  # noqa: E402
+from bench.paper.experiment import PRESETS, Preset, find  # noqa: E402
 from bench.paper.model import _rotate  # noqa: E402
 from bench.paper.report import Claim, Section, assemble  # noqa: E402
 from bench.paper.runs import Store, Unit  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("unpoisoned", "single_thread")
 
+MINIATURES = ("objectives", "pmp", "context")  # those with a real model: test_paper_real.py
 SOURCE = {"kind": "bigram", "vocab": 8, "spread": 1.3}
 MICRO = Preset("quick")
 MICRO_SETTINGS = {
@@ -314,7 +315,7 @@ def test_a_units_key_is_its_whole_configuration():
     assert len(keys | {unit.key, dataclasses.replace(unit, experiment="pmp").key}) == 6
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", MINIATURES)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_units_differ_and_their_configuration_is_json(name, preset):
     units = find(name).units(Preset(preset, text=Path(os.__file__)))
@@ -469,11 +470,11 @@ def test_the_gpu_presets_code_runs_on_real_text(tmp_path, monkeypatch):
         monkeypatch.setitem(module.SETTINGS, "gpu", dataclasses.replace(settings, seeds=1, **few))
     text = tmp_path / "text.txt"
     text.write_bytes(bytes(torch.randint(97, 123, (70_000,), generator=tasks.generator(0)).tolist()))
-    path = command.run(list(MODULES), Preset("gpu", "cpu", text), Store(tmp_path / "work"), tmp_path / "out", 0)
+    path = command.run(MINIATURES, Preset("gpu", "cpu", text), Store(tmp_path / "work"), tmp_path / "out", 0)
     report = path.read_text()
     assert "windows of real text (bytes)" in report
     assert "s and the ideal are those of a bigram model of the text" in report
-    assert "Absent" not in report
+    assert not any(f"Absent: **{name}**" in report for name in MINIATURES)
 
 
 def test_the_report_opens_with_claims_and_says_what_is_absent(tmp_path):
@@ -527,7 +528,7 @@ def test_pytest_collects_nothing_here():
 @pytest.mark.slow
 def test_the_quick_preset_goes_on_after_a_kill_and_its_report_has_every_section(tmp_path):
     options = ["--quick", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--workers", "2"]
-    command_line = [sys.executable, "-m", "bench.paper", *MODULES, *options]
+    command_line = [sys.executable, "-m", "bench.paper", *MINIATURES, *options]
     killed = subprocess.Popen(command_line, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
     units = tmp_path / "work" / "units"
     while not (units.exists() and len(list(units.glob("*.json"))) >= 3):
@@ -540,10 +541,11 @@ def test_the_quick_preset_goes_on_after_a_kill_and_its_report_has_every_section(
     assert found.returncode == 0, found.stderr
     assert {name: (units / name).read_bytes() for name in before} == before
     report = (tmp_path / "out" / "report.md").read_text()
-    for name in MODULES:
+    for name in MINIATURES:
         assert f"## {find(name).title}" in report
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert "Absent" not in report
+        assert f"Absent: **{name}**" not in report
+    assert "Absent: **tax** (no --hhh)" in report
     assert "nan" not in report
 
 

@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 def build_app() -> typer.Typer:
     """The typer application with all sub-commands."""
     typer = require("typer")
-    from pyalign.cli import bench, distill, info, rank, score
+    from pyalign.cli import bench, distill, eval, info, rank, score
 
     app = typer.Typer(name="pyalign", no_args_is_help=True, help="The loss layer of alignment training.")
     app.command()(info.info)
     app.command()(bench.bench)
     app.add_typer(distill.app, name="distill")
+    app.command("eval", no_args_is_help=True)(eval.evaluate)
     app.command(no_args_is_help=True)(rank.rank)
     app.command(no_args_is_help=True)(score.score)
     return app
