@@ -237,7 +237,7 @@ def _figures(world: World, model: Transformer, teacher: Transformer, prompted: b
         return float((found == x[:, every].to(device)).double().mean())
 
     def nll(x: Tensor) -> float:
-        return float(torch.nn.functional.cross_entropy(logits_of(x).flatten(0, 1), x.flatten().to(device)))
+        return -float(token_logprobs(logits_of(x), x.to(device)).double().mean())
 
     every_question = torch.stack((world.questions, world.answers[0]), 1)
     kl = 0.0
