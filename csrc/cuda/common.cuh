@@ -266,35 +266,61 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+// log2 x, to 2^-22 absolutely between 1/2 and 2, relatively elsewhere.
+__device__ __forceinline__ float log2_fast(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // exp((x - max) / T) in two instructions, where the formula as it stands takes eleven, and they bound the kernels:
 // 2^(x c - origin) with c = log2(e) / T and origin = max c. The product x c isn't rounded; what was rounded off origin
 // is a factor common to the whole row, and `correction` takes it back, once.
 struct Exponential {
+    static constexpr float kLog2E = 1.442695041f, kLn2 = 0.6931471806f;
+    static constexpr float kLowest = -3e38f;  // an origin is finite, so that -inf gives 0
+
     float c, origin;
 
     __device__ __forceinline__ Exponential(float max, float inverse_temperature)
-        : c(inverse_temperature * 1.442695041f), origin(fmaxf(max * c, -3e38f)) {}  // finite, so that -inf gives 0
+        : c(inverse_temperature * kLog2E), origin(fmaxf(max * c, kLowest)) {}
 
-    __device__ __forceinline__ float operator()(float x) const { return exp2_fast(__fmaf_rn(x, c, -origin)); }
-    __device__ __forceinline__ float correction(float max) const { return exp2_fast(__fmaf_rn(max, -c, origin)); }
+    __device__ __forceinline__ float exponent(float x) const { return __fmaf_rn(x, c, -origin); }
+    __device__ __forceinline__ float operator()(float x) const { return exp2_fast(exponent(x)); }
+    // log2 of the correction, and the correction.
+    __device__ __forceinline__ float lost(float max) const { return __fmaf_rn(max, -c, origin); }
+    __device__ __forceinline__ float correction(float max) const { return exp2_fast(lost(max)); }
 };
 
 // One thread's Softmax state while it folds, N logits at once: one rescaling for all. max drops NaN, but the sum keeps
 // it.
 struct Folding {
-    float max = Softmax<float>{}.max, sum = 0;  // of Exponential(max)
+    float max = Softmax<float>{}.max, origin = Exponential::kLowest, sum = 0;  // of Exponential(max)
+
+    // What brings sums taken so far to the new max: they are of exponents that fall by `shift`.
+    struct Step {
+        Exponential now;
+        float shift, scale;
+    };
 
     template <int N>
-    __device__ __forceinline__ void fold(const float (&x)[N], float inverse_temperature) {
-        const Exponential before(max, inverse_temperature);
+    __device__ __forceinline__ Step raise(const float (&x)[N], float inverse_temperature) {
         float largest[2] = {max, max};  // two chains: half the latency
 #pragma unroll
         for (int i = 0; i < N; ++i) largest[i % 2] = fmaxf(largest[i % 2], x[i]);
         max = fmaxf(largest[0], largest[1]);
         const Exponential now(max, inverse_temperature);
-        float sums[2] = {sum * exp2_fast(before.origin - now.origin), 0.f};
+        const float shift = now.origin - origin;
+        origin = now.origin;
+        return {now, shift, exp2_fast(-shift)};
+    }
+
+    template <int N>
+    __device__ __forceinline__ void fold(const float (&x)[N], float inverse_temperature) {
+        const Step step = raise(x, inverse_temperature);
+        float sums[2] = {sum * step.scale, 0.f};
 #pragma unroll
-        for (int i = 0; i < N; ++i) sums[i % 2] += now(x[i]);
+        for (int i = 0; i < N; ++i) sums[i % 2] += step.now(x[i]);
         sum = sums[0] + sums[1];
     }
 
