@@ -4,18 +4,20 @@
 //   x, y      log2 of e^((s - max) / T) and e^((t - max) / T): one multiply-add each
 //   q = a 2^x, p = b 2^y, and the constants a, b of the row carry the normalisers.
 //
-// A logit of -inf makes the sums of most of them NaN, which is no loss above kFarLoss: such rows go the general way.
+// A logit of -inf makes the sums of all but TotalVariation NaN or infinite, which is no loss above kFarLoss: such rows
+// go the general way.
 #pragma once
 
 #include "cuda/common.cuh"
 
 namespace pyalign::cuda {
 
-// sum 2^y (y - x), or with the roles exchanged sum 2^x (x - y): what a KL divergence is made of beside the normalisers.
+// Which of the two sums below the fold takes: KL(q || p) for a reverse KL, else KL(p || q).
 template <class D>
-constexpr bool kByStudent = std::is_same_v<D, ReverseKL<float>>;
+constexpr bool kStudentWeighs = std::is_same_v<D, ReverseKL<float>>;
 
-// Both rows while a thread folds them.
+// Both rows while a thread folds them, and sum 2^y (y - x) or, by the student, sum 2^x (x - y): what a KL divergence is
+// made of beside the normalisers.
 template <bool kByStudent>
 struct PairFolding {
     Folding student, teacher;
@@ -23,8 +25,8 @@ struct PairFolding {
 
     template <int N>
     __device__ __forceinline__ void fold(const float (&s)[N], const float (&t)[N], float inverse_temperature) {
-        const Folding::Step by_student = student.raise(s, inverse_temperature);
-        const Folding::Step by_teacher = teacher.raise(t, inverse_temperature);
+        const Folding::Step by_student = student.raise(largest_of(s), inverse_temperature);
+        const Folding::Step by_teacher = teacher.raise(largest_of(t), inverse_temperature);
         const float apart = by_student.shift - by_teacher.shift;  // how far y - x rises
         float crosses[2] = {kByStudent ? __fmaf_rn(student.sum, -apart, cross) * by_student.scale
                                        : __fmaf_rn(teacher.sum, apart, cross) * by_teacher.scale,
@@ -110,10 +112,10 @@ struct Exponents {
 };
 
 // Each divergence has
-//   kSums      whether its sums need the normalisers; the others' loss is known from the fold;
-//   worthwhile whether the row's loss may be above kFarLoss, as its KL says: where the sums must show it;
-//   add        (kSums) the entry into the thread's sums, which finish() makes of the row's;
-//   slope      factor times the derivative by the entry's student logit, after settle(the row's Sums, factor).
+//   kSums       whether its sums need the normalisers; else `loss` is known from the fold;
+//   worthwhile  (kSums) whether KL(p || q) promises a loss above kFarLoss: a guess, as the sums will show;
+//   add         (kSums) the entry into the thread's sums; finish() makes the row's Sums of those of all threads;
+//   slope       factor times the derivative by the entry's student logit, after settle(the row's Sums, factor).
 template <class D>
 struct Closed;
 

@@ -1,9 +1,11 @@
 // One row pair of the dense distillation losses, in whatever way it is held: by one block that reads it again from
 // shared memory and L2 (distill.cu), or by a thread-block cluster that has all of it on chip (distill_sm90.cu).
 //
-//   fold   both rows into Softmax states, merged over all threads that hold a part of the row;
+//   fold   both rows into Softmax states and a KL's closed form, merged over all threads that hold a part of the row;
 //   sum    the divergence's terms; where its slope needs no sums, the gradient is written in the same pass;
 //   map    otherwise once more, into the gradient.
+//
+// Rows whose loss is large go by closed forms (closed.cuh): the sum is left out where the fold knows the loss.
 #pragma once
 
 #include "cuda/closed.cuh"
@@ -65,15 +67,6 @@ __device__ __forceinline__ D make_divergence(const LossParams& p) {
         return {p.beta};
     else
         return {};
-}
-
-// body(std::true_type) or body(std::false_type): a loop of its own for what no entry of a row should ask.
-template <class Body>
-__device__ __forceinline__ void specialised(bool flag, Body body) {
-    if (flag)
-        body(std::true_type{});
-    else
-        body(std::false_type{});
 }
 
 // A row whose loss is above kFarLoss: its sums and its gradient; false, and no gradient, for any other.
@@ -166,7 +159,7 @@ __device__ __forceinline__ void distill_row(const DistillParams& params, int64_t
 
     // Fold
     const bool folds_hard = has_target && inverse_temperature != 1.f;
-    PairFolding<kByStudent<D>> folding;
+    PairFolding<kStudentWeighs<D>> folding;
     Folding student_hard;
     specialised(folds_hard, [&](auto hard) {
         part.first([&](int, const auto& x) {
@@ -176,7 +169,7 @@ __device__ __forceinline__ void distill_row(const DistillParams& params, int64_t
     });
     const Folded own{folding.student.state(inverse_temperature), folding.teacher.state(inverse_temperature),
                      student_hard.state(1.f), folding.crossed(inverse_temperature)};
-    Folded folded = part.merge(own, FoldedMerger<kByStudent<D>>{inverse_temperature, folds_hard});
+    Folded folded = part.merge(own, FoldedMerger<kStudentWeighs<D>>{inverse_temperature, folds_hard});
     if (!folds_hard) folded.hard = folded.student;
     if (part.thread() == 0) *part.note = {token.weight, hard_loss(p, token, folded.hard, target_logit)};
     const HardTerm hard(p, token, folded.hard);

@@ -110,6 +110,7 @@ struct alignas(16) Shared {
     Note note;
     uint64_t arrived[kMostStages];
 };
+static_assert(sizeof(Shared) == 7520);  // tests and bench/predictions.py read it here
 
 // Merges the states of all threads of a cluster; see BlockTeam.
 struct ClusterTeam {
