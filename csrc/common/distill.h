@@ -192,20 +192,26 @@ struct MixtureSeries<float> {
         for (int i = 4; i >= 0; --i) y = y * d + of[i];
         return y;
     }
-    PYALIGN_HD float log_ratio(float d) const { return horner(log_ratio_of, d) * d; }
-    PYALIGN_HD float loss(float d) const { return horner(loss_of, d) * (d * d); }
+    // log((1 - weight) + weight e^distance), distance <= 0: what `log_ratio` replaces where it is small.
+    PYALIGN_HD static float log_mixture(float weight, float distance) {
+        return log_unit((1.0f - weight) + weight * exp_unit(distance));
+    }
+    PYALIGN_HD float log_ratio(float d, float) const { return horner(log_ratio_of, d) * d; }
+    PYALIGN_HD float loss(Point<float> x, float, float) const { return x.p * (horner(loss_of, x.d) * (x.d * x.d)); }
 };
 
+// The library's log1p and expm1 are exact near 0, and each KL has its own series.
 template <>
 struct MixtureSeries<double> {
     double beta;
 
     PYALIGN_HD explicit MixtureSeries(double beta) : beta(beta) {}
-    PYALIGN_HD double log_m_over_p(double d) const { return ::log1p((1.0 - beta) * ::expm1(d)); }
-    PYALIGN_HD double log_ratio(double d) const { return log_m_over_p(d) - d; }
-    PYALIGN_HD double loss(double d) const {
-        const double y = log_m_over_p(d);
-        return beta * phi_series(y) + (1.0 - beta) * ::exp(d) * phi_series(y - d);
+    PYALIGN_HD static double log_mixture(double weight, double distance) {
+        return log1p_nonpositive(weight * expm1_nonpositive(distance));
+    }
+    PYALIGN_HD double log_ratio(double, double m_over_q) const { return m_over_q; }
+    PYALIGN_HD double loss(Point<double> x, double m_over_p, double m_over_q) const {
+        return beta * (x.p * phi_series(m_over_p)) + (1.0 - beta) * (x.q * phi_series(m_over_q));
     }
 };
 
@@ -228,17 +234,17 @@ struct JensenShannon {
         const bool student_larger = x.d > F(0);
         const F distance = student_larger ? -x.d : x.d;  // -|d|, NaN stays
         const F weight = student_larger ? beta : F(1) - beta;
-        const F log_m = log_unit((F(1) - weight) + weight * exp_unit(distance));  // log m / max(p, q)
+        const F log_m = MixtureSeries<F>::log_mixture(weight, distance);  // log m / max(p, q)
         const F m_over_p = log_m + (student_larger ? x.d : F(0)), m_over_q = log_m - (student_larger ? F(0) : x.d);
         if (!kNear) return {m_over_p, m_over_q};
-        const F near = series.log_ratio(x.d);
+        const F near = series.log_ratio(x.d, m_over_q);
         return {in_series(x.d) ? near + x.d : m_over_p, in_series(x.d) ? near : m_over_q};
     }
     PYALIGN_HD Sums<F> term(Point<F> x) const {
         const Mixture mix = mixture(x);
         const F student = weigh(x.q, -mix.m_over_q), far = beta * weigh(x.p, -mix.m_over_p) + (F(1) - beta) * student;
         if (!kNear) return {far, student};
-        const F near = x.p * series.loss(x.d);
+        const F near = series.loss(x, mix.m_over_p, mix.m_over_q);
         return {in_series(x.d) ? near : far, student};
     }
     PYALIGN_HD F slope(Point<F> x, Sums<F> row) const {
