@@ -5,6 +5,7 @@
 #                                 unset: pip's default
 #   PYALIGN_CUDA_ARCHS="80;90"    CUDA targets; unset: the GPU in this machine, if there is one and nvcc is too
 #   PYTEST_ARGS, BENCH_ARGS       passed to pytest
+#   PAPER_ARGS                    passed to python -m bench.paper
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 LOCK := .ci/requirements.txt
 CXX_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test build bench lint types format lock clean
+.PHONY: demo test build bench paper lint types format lock clean
 
 demo: build .venv/.demo
 	$(BIN)/python bench/demo.py
@@ -28,6 +29,9 @@ build: .venv/.project
 
 bench: build
 	$(BIN)/python -m pytest bench $(BENCH_ARGS)
+
+paper: build
+	$(BIN)/python -m bench.paper $(PAPER_ARGS)
 
 lint: .venv/.packages
 	$(BIN)/ruff check

@@ -46,3 +46,8 @@ def test_dpo(benchmark: Any, case: Case) -> None:
 @pytest.mark.parametrize("case", ranking.ragged_groups(), ids=str)
 def test_ragged_groups(benchmark: Any, case: Case) -> None:
     fixture.run(benchmark, case, DEVICE)
+
+
+@pytest.mark.parametrize("case", ranking.binary(), ids=str)
+def test_binary_discrimination(benchmark: Any, case: Case) -> None:
+    fixture.run(benchmark, case, DEVICE)

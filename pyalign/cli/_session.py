@@ -80,3 +80,10 @@ def refusals(command: str, options: Mapping[str, str], memory: str) -> Generator
 def _refuse(command: str, message: str) -> NoReturn:
     print(f"{command}: {message}", file=sys.stderr)
     raise typer.Exit(1) from None
+
+
+def quiet_transformers() -> None:
+    """Silence what transformers says while it loads."""
+    logging = require("transformers").utils.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

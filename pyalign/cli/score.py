@@ -11,7 +11,7 @@ import torch
 import typer
 
 from pyalign._optional import require
-from pyalign.cli._session import Session, refusals
+from pyalign.cli._session import Session, quiet_transformers, refusals
 from pyalign.pair_scorer.job import ON_ERROR, Progress, ScoreSettings, read_source, report_malformed, score_files
 from pyalign.pair_scorer.processes import Processes, joined
 from pyalign.pair_scorer.records import FORMATS
@@ -113,7 +113,7 @@ def score(
         source, scan = read_source(settings, score=resolve_score(score, model, gguf_file), append_eos=append_eos)
         if scan.malformed:
             session.console.print(report_malformed(scan), style="yellow", markup=False, highlight=False)
-        _quiet_transformers()
+        quiet_transformers()
         with session.stage("load") as say:
             scorer = PairScorer(
                 model,
@@ -142,12 +142,6 @@ def score(
             summary = score_files(scorer, source, scan, settings, processes=processes, progress=progress)
         if summary is not None:
             _print_summary(session, summary, settings)
-
-
-def _quiet_transformers() -> None:
-    logging = require("transformers").utils.logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def _own_device(device: str) -> str:

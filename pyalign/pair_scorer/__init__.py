@@ -8,6 +8,7 @@
 ``prefetch``    a background thread that prepares batches
 ``records``     JSONL, Parquet and BIG-bench files into prompts and responses
 ``job``         a file scored by one or several processes, resumable at every batch
+``output``      the job's file of rows and what stands beside it
 ``summary``     accuracy, calibration and the length baseline of what was scored
 =============== =========================================================================================
 """

@@ -24,11 +24,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pyalign._files import atomic_file, exclusive, write_text
+from pyalign._files import atomic_file, write_text
 from pyalign._log import Log
 from pyalign._optional import require
-from pyalign._options import JobError, OptionError, at_least, differences, one_of, positive
+from pyalign._options import OptionError, at_least, one_of, positive
 from pyalign.pair_scorer.batches import BatchTensors
+from pyalign.pair_scorer.output import Output, begin, read_output
 from pyalign.pair_scorer.processes import Processes
 from pyalign.pair_scorer.records import PAIR, Record, RecordOptions, Scan, Source
 from pyalign.pair_scorer.scorer import Counts, PairScorer, ScoredResponses, Window
@@ -40,7 +41,7 @@ _SHOWN = 20  # malformed rows that are listed
 
 
 @dataclass(frozen=True)
-class ScoreSettings:
+class ScoreSettings(Output):
     """What is scored, and where to.
 
     Raises:
@@ -62,23 +63,12 @@ class ScoreSettings:
         one_of("on_error", self.on_error, ON_ERROR)
         positive("scale", self.scale)
         at_least("bins", self.bins, 1)
-        if self.out.suffix not in (".jsonl", ".parquet"):
-            raise OptionError("out", f"got {self.out}; wanted a name that ends in .jsonl or .parquet")
+        self.check_out()
         if not self.turn:
             raise OptionError("turn", "it is empty; wanted what stands before a response")
-        if self.out.is_dir():
-            raise OptionError("out", f"{self.out} is a directory; wanted a file")
         clash = sorted(set(self.keep) & _OWN_FIELDS)
         if clash:
             raise OptionError("keep", f"got {clash[0]!r}, which the output has already; wanted other fields")
-
-    @property
-    def parts(self) -> Path:
-        return self.out.with_name(self.out.name + ".parts")
-
-    @property
-    def summary(self) -> Path:
-        return self.out.with_name(self.out.name + ".summary.json")
 
 
 _PAIR_FIELDS = [f"{who}_{what}" for what in ("score", "tokens", "length") for who in ("chosen", "rejected")]
@@ -136,7 +126,7 @@ def score_files(
     processes, progress = processes or Processes(), progress or Progress()
     description = _describe(scorer, scan, settings)
     with ExitStack() as stack:
-        finished = processes.agree(lambda: _begin(settings, description, stack), description)
+        finished = processes.agree(lambda: begin(settings, description, stack), description)
         if finished:
             progress.start(scan.records, scan.records)
             shutil.rmtree(settings.parts, ignore_errors=True)  # it was killed between the summary and this
@@ -171,39 +161,6 @@ def _describe(scorer: PairScorer, scan: Scan, settings: ScoreSettings) -> dict[s
         "keep": list(settings.keep),
         "turn": settings.turn,
     }
-
-
-def _begin(settings: ScoreSettings, description: dict[str, Any], stack: ExitStack) -> bool:
-    """Take hold of the output; whether it is finished already."""
-    out, parts = settings.out, settings.parts
-    if settings.overwrite:
-        stack.enter_context(exclusive(parts))
-        for path in (settings.summary, out):
-            path.unlink(missing_ok=True)
-        for path in parts.glob("*"):
-            if path.name != ".lock":
-                path.unlink()
-    elif settings.summary.exists() and out.exists():
-        _check_same(json.loads(settings.summary.read_text(encoding="utf-8"))["job"], description, out)
-        return True
-    elif out.exists() and not (parts / "job.json").exists():
-        raise OptionError("out", f"{out} exists and is not of this job; wanted another name, or --overwrite")
-    else:
-        stack.enter_context(exclusive(parts))
-    job = parts / "job.json"
-    if job.exists():
-        _check_same(json.loads(job.read_text(encoding="utf-8")), description, out)
-    else:
-        write_text(job, json.dumps(description, indent=2) + "\n")
-    return False
-
-
-def _check_same(found: dict[str, Any], wanted: dict[str, Any], out: Path) -> None:
-    changed = differences(found, wanted)
-    if changed:
-        raise JobError(
-            f"{out} is of a job with other settings: {'; '.join(changed)}. Give another --out, or --overwrite"
-        )
 
 
 # ---- Chunks ----
@@ -363,7 +320,7 @@ def _summarise_again(settings: ScoreSettings, scan: Scan, description: dict[str,
     """The summary of a finished output, with the scale and bins asked for now."""
     before = json.loads(settings.summary.read_text(encoding="utf-8"))
     tally = Tally(scan.kind)
-    for row in _read_rows(settings.out):
+    for row in read_output(settings.out):
         tally.add(row)
     figures = tally.figures(scale=settings.scale, bins=settings.bins)
     names = (
@@ -371,16 +328,6 @@ def _summarise_again(settings: ScoreSettings, scan: Scan, description: dict[str,
         "processes",
     )  # fmt: skip
     return _write_summary(settings, figures, {name: before[name] for name in names}, description)
-
-
-def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    if path.suffix == ".parquet":
-        for batch in require("pyarrow.parquet").ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
-        return
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
 
 
 def _write_parquet(path: Path, parts: Iterator[list[str]], kind: str, settings: ScoreSettings) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from pyalign._models import is_plain_linear
 from pyalign._options import JobError, OptionError
-from pyalign.logprob import linear_token_logprobs, token_logprobs
+from pyalign.distill import topk_logprobs
+from pyalign.logprob import linear_token_logprobs, sequence_logprobs, token_logprobs
 from pyalign.pair_scorer.batches import BatchTensors, Sharing, collate, make_batches, tree_mask
 from pyalign.pair_scorer.tokens import TokenGroup
 from pyalign.scoring import reward_scores
@@ -25,6 +26,7 @@ from pyalign.scoring import reward_scores
 # Relative to the largest value. A wrong mask, position or head is off by more; sums in another order aren't.
 # (Models of float64 have parts that compute in float32.)
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_GREEDY_ROWS = 512  # rows whose logits exist at a time
 
 
 @dataclass
@@ -153,12 +155,33 @@ class CausalScorer(ScoringModel):
 
     def token_logprobs(self, batch: BatchTensors) -> Tensor:
         """(R,) of the tokens that count."""
-        rows, head = self.rows(batch), self._head
+        return self._logprobs(self.rows(batch), batch.targets)
+
+    def _logprobs(self, rows: Tensor, targets: Tensor) -> Tensor:
+        head = self._head
         if head is None:
-            return token_logprobs(rows, batch.targets)
+            return token_logprobs(rows, targets)
         return linear_token_logprobs(
-            rows, head.weight, batch.targets, bias=head.bias, temperature=head.temperature, softcap=head.softcap
+            rows, head.weight, targets, bias=head.bias, temperature=head.temperature, softcap=head.softcap
         )
+
+    def likelihoods(self, batch: BatchTensors, *, greedy: bool) -> Tensor:
+        """(N, 1) log P(response), and, if it is asked for, (N, 2) with 1 where greedy decoding would have written it:
+        each of its tokens has the highest logit, the lowest token among equal ones."""
+        rows = self.rows(batch)
+        logprobs = sequence_logprobs(self._logprobs(rows, batch.targets), offsets=batch.offsets)
+        if not greedy:
+            return logprobs[:, None]
+        misses = torch.zeros(batch.targets.shape[0] + 1, dtype=torch.int64, device=rows.device)
+        for first in range(0, rows.shape[0], _GREEDY_ROWS):
+            part = slice(first, first + _GREEDY_ROWS)
+            logits = rows[part]
+            if self._head is not None:  # its softcap and temperature keep the order
+                logits = nn.functional.linear(logits, self._head.weight, self._head.bias)
+            missed = topk_logprobs(logits, 1).indices[:, 0] != batch.targets[part]
+            misses[first + 1 : first + 1 + missed.shape[0]] = missed
+        before = misses.cumsum(0)[batch.offsets]
+        return torch.stack([logprobs, (before.diff() == 0).to(logprobs.dtype)], 1)
 
 
 class RewardScorer(ScoringModel):

@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,7 +65,9 @@ class Scan(NamedTuple):
     malformed: dict[int, Malformed]  # by index
 
 
-class _Raw(NamedTuple):
+class RawRow(NamedTuple):
+    """A row of a file, not yet checked."""
+
     where: str
     content: Any  # a row, or the bytes of a line
     category: str | None = None
@@ -80,11 +82,7 @@ class Source:
 
     def __init__(self, paths: Sequence[Path], options: RecordOptions):
         self._paths, self._options = list(paths), options
-        for path in self._paths:
-            if not path.is_file():
-                raise OptionError("data", f"{path} is not a file")
-            if _format(path) is None:
-                raise OptionError("data", f"got {path}; wanted {FORMATS}")
+        check_files(self._paths)
 
     def scan(self) -> Scan:
         """Read everything once: what is malformed, which kind of rows there are, and which data it is.
@@ -92,11 +90,7 @@ class Source:
         Raises:
             OptionError: a file can't be read, or holds no row.
         """
-        digest = hashlib.sha256()
-        for path in self._paths:
-            digest.update(f"{path.name}\n".encode())
-            with open(path, "rb") as file:
-                digest.update(_sha256(file))
+        digest = files_digest(self._paths)
         malformed: dict[int, Malformed] = {}
         kind, count = "", 0
         for index, raw in enumerate(self._raw()):
@@ -110,7 +104,7 @@ class Source:
                 malformed[index] = Malformed(raw.where, str(error))
         if count == 0:
             raise OptionError("data", f"{', '.join(map(str, self._paths))}: no row in it; wanted {FORMATS}")
-        return Scan(digest.hexdigest(), count, kind, malformed)
+        return Scan(digest, count, kind, malformed)
 
     def chunks(self, scan: Scan, size: int, wanted: Sequence[int]) -> Iterator[tuple[int, list[Record]]]:
         """(c, the well-formed records from index c * size up to (c + 1) * size) of ``wanted`` chunks, ascending."""
@@ -126,25 +120,70 @@ class Source:
                 yield chunk, records
                 chunk, records = next(left, None), []
 
-    def _parse(self, index: int, raw: _Raw) -> Record:
-        row = raw.content
-        if isinstance(row, bytes):
-            try:
-                row = json.loads(row.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise ValueError(not_utf8("it", error)) from error
-            except ValueError as error:
-                raise ValueError(f"it is not JSON ({error})") from error
-        if not isinstance(row, Mapping):
-            raise ValueError(f"got {row!r:.80}; wanted an object with {_fields(PAIR)} or {_fields(RESPONSES)}")
-        return _record(index, row, raw.category, self._options)  # pyright: ignore[reportUnknownArgumentType]
+    def _parse(self, index: int, raw: RawRow) -> Record:
+        row = parse_row(raw, f"{_fields(PAIR)} or {_fields(RESPONSES)}")
+        return _record(index, row, raw.category, self._options)
 
-    def _raw(self) -> Iterator[_Raw]:
-        for path in self._paths:
-            try:
+    def _raw(self) -> Iterator[RawRow]:
+        return read_rows(self._paths, _comparison)
+
+
+def check_files(paths: Sequence[Path]) -> None:
+    """Refuse what is missing, or of no known format.
+
+    Raises:
+        OptionError: naming the file.
+    """
+    for path in paths:
+        if not path.is_file():
+            raise OptionError("data", f"{path} is not a file")
+        if _format(path) is None:
+            raise OptionError("data", f"got {path}; wanted {FORMATS}")
+
+
+def files_digest(paths: Sequence[Path]) -> str:
+    """sha256 of the files' names and bytes."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{path.name}\n".encode())
+        with open(path, "rb") as file:
+            digest.update(_sha256(file))
+    return digest.hexdigest()
+
+
+def read_rows(paths: Sequence[Path], example: Callable[[Mapping[str, Any], Any], Any]) -> Iterator[RawRow]:
+    """The rows of files, one after the other; ``example(task, example)`` makes them of a BIG-bench task's examples.
+
+    Raises:
+        OptionError: a file can't be read.
+    """
+    for path in paths:
+        try:
+            if path.suffix == ".json":
+                yield from _json(path, example)
+            else:
                 yield from _READERS[_format(path) or ""](path)
-            except (OSError, EOFError, zlib.error) as error:
-                raise OptionError("data", f"{path} can't be read ({error})") from error
+        except (OSError, EOFError, zlib.error) as error:
+            raise OptionError("data", f"{path} can't be read ({error})") from error
+
+
+def parse_row(raw: RawRow, wanted: str) -> Mapping[str, Any]:
+    """The object in a row; ``wanted`` names its fields in errors.
+
+    Raises:
+        ValueError: there is none.
+    """
+    row = raw.content
+    if isinstance(row, bytes):
+        try:
+            row = json.loads(row.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(not_utf8("it", error)) from error
+        except ValueError as error:
+            raise ValueError(f"it is not JSON ({error})") from error
+    if not isinstance(row, Mapping):
+        raise ValueError(f"got {row!r:.80}; wanted an object with {wanted}")
+    return row  # pyright: ignore[reportUnknownVariableType]
 
 
 def _sha256(file: Any) -> bytes:
@@ -167,26 +206,26 @@ def _format(path: Path) -> str | None:
     return suffix if suffix == ".jsonl" or (suffix in (".parquet", ".json") and name == path.name) else None
 
 
-def _json_lines(path: Path) -> Iterator[_Raw]:
+def _json_lines(path: Path) -> Iterator[RawRow]:
     with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield _Raw(f"{path}:{number}", line)
+                yield RawRow(f"{path}:{number}", line)
 
 
-def _parquet(path: Path) -> Iterator[_Raw]:
+def _parquet(path: Path) -> Iterator[RawRow]:
     parquet, arrow = require("pyarrow.parquet"), require("pyarrow")
     number = 0
     try:
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
             for row in batch.to_pylist():
-                yield _Raw(f"{path}, row {number}", row)
+                yield RawRow(f"{path}, row {number}", row)
                 number += 1
     except arrow.ArrowInvalid as error:
         raise OptionError("data", f"{path} is not Parquet ({error})") from error
 
 
-def _json(path: Path) -> Iterator[_Raw]:
+def _json(path: Path, make: Callable[[Mapping[str, Any], Any], Any]) -> Iterator[RawRow]:
     try:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
@@ -195,15 +234,15 @@ def _json(path: Path) -> Iterator[_Raw]:
         raise OptionError("data", f"{path} is not JSON ({error})") from error
     if isinstance(content, list):
         for i, row in enumerate(content):  # pyright: ignore[reportUnknownArgumentType]
-            yield _Raw(f"{path}, row {i}", row)
+            yield RawRow(f"{path}, row {i}", row)
         return
     if not isinstance(content, dict) or not isinstance(content.get("examples"), list):
         raise OptionError("data", f"{path} holds neither a list nor a BIG-bench task with examples; wanted {FORMATS}")
     for i, example in enumerate(content["examples"]):  # pyright: ignore[reportUnknownArgumentType]
-        yield _Raw(f"{path}, example {i}", _comparison(content, example), path.stem)  # pyright: ignore[reportUnknownArgumentType]
+        yield RawRow(f"{path}, example {i}", make(content, example), path.stem)  # pyright: ignore[reportUnknownArgumentType]
 
 
-_READERS = {".jsonl": _json_lines, ".parquet": _parquet, ".json": _json}
+_READERS = {".jsonl": _json_lines, ".parquet": _parquet}
 
 
 def _comparison(task: Mapping[str, Any], example: Any) -> Any:
@@ -262,19 +301,24 @@ def _record(index: int, row: Mapping[str, Any], category: str | None, options: R
 
 def _text(name: str, value: Any) -> Text:
     if isinstance(value, str):
-        _whole(name, value)
+        whole(name, value)
         return value
     if isinstance(value, list) and value:
         for message in value:  # pyright: ignore[reportUnknownVariableType]
             role, content = (message.get(k) if isinstance(message, Mapping) else None for k in ("role", "content"))
             if not isinstance(role, str) or not isinstance(content, str):
                 raise ValueError(f"{name}: got the message {message!r:.60}; wanted role and content, both text")
-            _whole(name, content)
+            whole(name, content)
         return value  # pyright: ignore[reportUnknownVariableType]
     raise ValueError(f"{name}: got {value!r:.60}; wanted text or a list of messages")
 
 
-def _whole(name: str, text: str) -> None:
+def whole(name: str, text: str) -> None:
+    """Refuse halves of characters.
+
+    Raises:
+        ValueError: ``text`` holds one.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -31,6 +31,15 @@ class ScoredResponses(NamedTuple):
     tokens: tuple[int, ...]  # how many tokens of each response counted
 
 
+class Likelihoods(NamedTuple):
+    """What the responses of one set are to a language model, in its order."""
+
+    logprobs: tuple[float, ...]  # log P(a|q); NaN: too long (truncation "drop")
+    null_logprobs: tuple[float, ...] | None  # log P(a), behind the null prompt; None unless the score is "information"
+    tokens: tuple[int, ...]  # how many tokens of each response counted
+    greedy: tuple[bool, ...] | None  # whether greedy decoding would have written it; None: not asked for
+
+
 class Counts(NamedTuple):
     """What was computed, in tokens."""
 
@@ -54,10 +63,10 @@ class Window:
     counts: Counts
 
     def __post_init__(self) -> None:
-        self._found: dict[tuple[bool, int, int], float] = {}
+        self._found: dict[tuple[bool, int, int], Any] = {}
 
-    def add(self, index: int, scores: Sequence[float]) -> None:
-        """Take in the scores of batch ``index``."""
+    def add(self, index: int, scores: Sequence[Any]) -> None:
+        """Take in the scores (or likelihoods) of batch ``index``."""
         null, batch = self.batches[index]
         for (group, member), score in zip(batch.sequences, scores, strict=True):
             self._found[null, group, member] = score
@@ -72,6 +81,24 @@ class Window:
                 scores.append(score - self._found[True, g, m] if self.nulls and not group.dropped else score)
             results.append(ScoredResponses(tuple(scores), tuple(group.counts)))
         return results
+
+    def likelihoods(self) -> list[Likelihoods]:
+        """Of every response set, in order, once those of all batches are in (:meth:`PairScorer.likelihoods`)."""
+        return [self._likelihoods(g, group) for g, group in enumerate(self.groups)]
+
+    def _likelihoods(self, index: int, group: TokenGroup) -> Likelihoods:
+        members = range(len(group.sequences))
+        if group.dropped:
+            nothing = (float("nan"),) * len(members)
+            return Likelihoods(nothing, nothing if self.nulls else None, tuple(group.counts), None)
+        found: list[list[float]] = [self._found[False, index, m] for m in members]
+        nulls: list[list[float]] = [self._found[True, index, m] for m in members] if self.nulls else []
+        return Likelihoods(
+            tuple(x[0] for x in found),
+            tuple(x[0] for x in nulls) if self.nulls else None,
+            tuple(group.counts),
+            tuple(x[1] == 1 for x in found) if all(len(x) > 1 for x in found) else None,
+        )
 
 
 class PairScorer:
@@ -104,6 +131,8 @@ class PairScorer:
         reference: for "dpo", as ``model``; with the same tokenizer.
         beta: for "dpo" (0.1).
         null_prompt: for "information": what stands in place of the prompt.
+        prefix: a text in front of every prompt, the null prompt too, as context distillation's teacher reads it:
+            tokenised by itself and never cut. Not for reward models, nor for prompts that are messages.
         label: which output of a reward model with several.
         tokenization: "together" tokenises prompt + response as one text, the response beginning with the first token
             that the prompt alone doesn't have; "apart" tokenises both on their own (not for reward models).
@@ -133,6 +162,7 @@ class PairScorer:
         reference: Any = None,
         beta: float | None = None,
         null_prompt: str | None = None,
+        prefix: str = "",
         label: int | None = None,
         tokenization: str = "together",
         append_eos: bool = False,
@@ -160,7 +190,7 @@ class PairScorer:
                 raise OptionError(name, f"got {value!r}; wanted none with score {score!r}, it is of {owner!r} alone")
         if score == "dpo" and reference is None:
             raise OptionError("reference", "got none; wanted the reference model of score 'dpo'")
-        options = TokenOptions(tokenization, append_eos, max_length, truncation, null_prompt or "")
+        options = TokenOptions(tokenization, append_eos, max_length, truncation, null_prompt or "", prefix)
         self.score = score
         self.label = label
         self.beta = 0.1 if beta is None else beta
@@ -170,7 +200,7 @@ class PairScorer:
         reward = score == "reward"
         auto_class = "AutoModelForSequenceClassification" if reward else "AutoModelForCausalLM"
         loading = {"gguf_file": gguf_file, "dtype": dtype, "device": device}
-        model, tokenizer, digest = _load("model", model, tokenizer, auto_class, loading)
+        model, tokenizer, digest = load_model("model", model, tokenizer, auto_class, loading)
         padding = next((p for p in (model.config.pad_token_id, tokenizer.pad_token_id) if p is not None), 0)
         self._reward = RewardScorer(model, padding=padding, share_prefix=share_prefix, label=label) if reward else None
         self._policy = None if reward else CausalScorer(model, padding=padding, share_prefix=share_prefix)
@@ -191,7 +221,7 @@ class PairScorer:
         from_path = isinstance(reference, (str, Path))
         loading = {**loading, "gguf_file": None} if from_path else dict.fromkeys(loading)
         own_tokenizer = None if from_path else tokenizer
-        loaded, own, digest = _load("reference", reference, own_tokenizer, "AutoModelForCausalLM", loading)
+        loaded, own, digest = load_model("reference", reference, own_tokenizer, "AutoModelForCausalLM", loading)
         if tokenizer_digest(own) != self.digests["tokenizer"]:
             raise OptionError("reference", f"got {reference} with another tokenizer; wanted the model's")
         self._reference = CausalScorer(loaded, padding=padding, share_prefix=share_prefix)
@@ -292,22 +322,27 @@ class PairScorer:
                 yield window, index, tensors.pin() if self.device.type == "cuda" else tensors
 
     def run(
-        self, work: Iterable[tuple[Window, int, BatchTensors | None]]
-    ) -> Generator[tuple[Window, int, list[float] | None]]:
+        self,
+        work: Iterable[tuple[Window, int, BatchTensors | None]],
+        compute: Callable[[BatchTensors], Tensor] | None = None,
+    ) -> Generator[tuple[Window, int, list[Any] | None]]:
         """The scores of each batch, in order; ``work`` is made ahead in a background thread, and its Nones passed on.
+
+        ``compute`` replaces scores by something else of a batch's N sequences, (N, ...) on the device.
 
         On a GPU a batch is read back while the next one is computed.
 
         Raises:
             JobError: a prompt is read in another way when it is shared; each row longer than all before is tried out.
         """
+        compute = compute or self._scores
         waiting: list[tuple[Window, int, _Copy]] = []
         for window, index, tensors in prefetched(work, self.prefetch):
             copy = None
             if tensors is not None:
                 self._verify(window, index)
                 with torch.inference_mode():
-                    copy = _Copy(self._scores(tensors.to(self.device)))
+                    copy = _Copy(compute(tensors.to(self.device)))
             if waiting:
                 done = waiting.pop()
                 yield done[0], done[1], done[2].read()
@@ -329,6 +364,16 @@ class PairScorer:
             for model in self._models:
                 model.verify(group)
             self._verified = longest.length
+
+    def likelihoods(self, batch: BatchTensors, *, greedy: bool = False) -> Tensor:
+        """(N, 1) log P(response); with ``greedy`` (N, 2), with 1 where greedy decoding would have written it.
+
+        Raises:
+            OptionError: a reward model has none.
+        """
+        if self._policy is None:
+            raise OptionError("score", "got a reward model; wanted a causal language model for likelihoods")
+        return self._policy.likelihoods(batch, greedy=greedy)
 
     def _scores(self, batch: BatchTensors) -> Tensor:
         """(N,) on the device."""
@@ -357,7 +402,7 @@ class _Copy:
             self._event = torch.cuda.Event()
             self._event.record()
 
-    def read(self) -> list[float]:
+    def read(self) -> list[Any]:
         if not self.ready:
             self._event.synchronize()
         return self._scores.tolist()
@@ -395,7 +440,7 @@ def _is_reward_model(model: Any, gguf_file: str | None) -> bool:
     return any("SequenceClassification" in name for name in config.get("architectures") or ())
 
 
-def _load(
+def load_model(
     option: str, model: Any, tokenizer: Any, auto_class: str, loading: dict[str, Any]
 ) -> tuple[Any, Any, str | None]:
     """The model in eval mode, its tokenizer, and its digest where it was read from a directory."""

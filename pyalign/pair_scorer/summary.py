@@ -13,7 +13,7 @@ import torch
 
 from pyalign._files import atomic_file
 from pyalign._optional import require
-from pyalign.evaluation import plot_calibration
+from pyalign.evaluation.calibration import plot_calibration
 from pyalign.pair_scorer.records import PAIR
 from pyalign.scoring import PreferenceEvaluation, preference_metrics
 

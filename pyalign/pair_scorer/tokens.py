@@ -65,6 +65,7 @@ class TokenOptions:
     max_length: int | None = None
     truncation: str = "prompt"
     null_prompt: str = ""
+    prefix: str = ""
 
     def __post_init__(self) -> None:
         one_of("tokenization", self.tokenization, TOKENIZATIONS)
@@ -93,6 +94,10 @@ class Encoder:
     Messages become text by the tokenizer's chat template, the prompt's with the opening of the assistant's turn. What
     the template puts behind the response (the end of the turn) is counted as the response's.
 
+    The prefix is tokenised by itself and stands behind BOS in front of every prompt, the null prompt too, whose own
+    tokens
+    stay what they are without it: context distillation's teacher reads its prompt so.
+
     Args:
         specials: leave special tokens to the tokenizer, as reward models were trained, and read whole texts alone.
             Otherwise a text begins with the tokenizer's BOS if it is its habit, and where nothing stands in front of a
@@ -107,7 +112,14 @@ class Encoder:
             raise OptionError("tokenization", "got 'apart'; wanted 'together': a reward model reads one text")
         self._ids_of_specials: frozenset[int] = frozenset(tokenizer.all_special_ids)
         bos = leading_bos(tokenizer)
-        self._lead = [] if bos is None else [bos]
+        prefix: list[int] = self._tokenize([options.prefix])[0] if options.prefix else []
+        if prefix and specials:
+            raise OptionError("prefix", "got a text; wanted none: a reward model reads prompts as it was trained to")
+        self._prefixed = bool(prefix)
+        self._lead = ([] if bos is None else [bos]) + prefix
+        if options.max_length is not None and len(self._lead) >= options.max_length:
+            given = f"got {len(self._lead)} tokens"
+            raise OptionError("prefix", f"{given}; wanted fewer than {options.max_length}, which a sequence may have")
         self._eos: int | None = tokenizer.eos_token_id
         if options.append_eos and self._eos is None:
             raise OptionError("append_eos", "got True; wanted a tokenizer that has an end-of-sequence token")
@@ -176,6 +188,8 @@ class Encoder:
         prompt, responses = item
         if isinstance(prompt, str) and all(isinstance(r, str) for r in responses):
             return prompt, [prompt + r for r in responses if isinstance(r, str)], False
+        if self._prefixed:
+            raise OptionError("prefix", "got a text, and prompts that are messages; wanted prompts that are texts")
         if not getattr(self.tokenizer, "chat_template", None):
             raise OptionError("prompt", "got messages, but the tokenizer has no chat template; wanted text")
         before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
@@ -194,7 +208,8 @@ class Encoder:
     def _truncate(self, group: TokenGroup, null: int) -> Truncation:
         """Cut ``group`` to ``max_length``: the prompt from its beginning, the same for all responses, then their ends.
 
-        A leading BOS (or [CLS]) stays, and so does a closing special token. Responses also fit behind a null prompt of
+        A leading BOS (or [CLS]) stays, and so do the prefix and a closing special token. Responses also fit behind a
+        null prompt of
         ``null`` tokens.
         """
         limit = self.options.max_length
@@ -209,7 +224,8 @@ class Encoder:
             group.dropped = True
             return Truncation(dropped=1)
         first = group.sequences[0]
-        lead = 1 if first and first[0] in self._ids_of_specials else 0
+        special = 1 if first and first[0] in self._ids_of_specials else 0
+        lead = len(self._lead) if self._prefixed else special
         # A response's first token needs one in front of it, unless it is the whole text that is scored.
         keep = lead if self.specials else max(lead, 1)
         cut = max(min(over, min(group.starts) - keep), 0)

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyalign import dpo_loss, pairwise_preference_loss, ranked_preference_loss
+from pyalign import binary_discrimination_loss, dpo_loss, pairwise_preference_loss, ranked_preference_loss
 from pyalign.benchmark.case import Case, Draw, Inputs, Shape, Work, widened
 
 
 def cases(device: torch.device) -> list[Case]:
-    return [*pairs(), *dpo(), *all_pairs(), *one_large_group(), *ragged_groups()]
+    return [*pairs(), *binary(), *dpo(), *all_pairs(), *one_large_group(), *ragged_groups()]
 
 
 # ---- Pairs ----
@@ -48,6 +48,32 @@ def pairs() -> list[Case]:
         )
         for dtype in (torch.float32, torch.bfloat16)
         for count in (4096, 65536)
+    ]  # fmt: skip
+
+
+def _make_labelled(shape: Shape, dtype: torch.dtype, draw: Draw) -> Inputs:
+    return {"scores": draw.normal(shape["samples"], dtype=dtype), "labels": draw.integers(0, 2, shape["samples"])}
+
+
+def torch_binary(x: Inputs) -> Tensor:
+    scores = widened(x["scores"])
+    return F.binary_cross_entropy_with_logits(scores, x["labels"].to(scores.dtype))
+
+
+def _our_binary(x: Inputs) -> Tensor:
+    return binary_discrimination_loss(x["scores"], x["labels"])
+
+
+def binary() -> list[Case]:
+    return [
+        Case(
+            system="ranking", op="binary_discrimination_loss", variant="", shape={"samples": 4096},
+            dtype=torch.float32, leaves=("scores",), make=_make_labelled, ours=_our_binary,
+            eager={"eager": torch_binary},
+            # scores and labels read, the gradient written
+            work=lambda case: Work(case.elements() * (2 * case.dtype.itemsize + 8), 8 * case.elements()),
+            checked_at={}, tiny={"samples": 64}, bound="calls", quick={},
+        )
     ]  # fmt: skip
 
 
