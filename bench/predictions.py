@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +27,8 @@ HERE = Path(__file__).resolve().parent
 BYTES_PER_S, FLOP_PER_S = 3.0e12, 8.0e14  # an H100's copy and bfloat16 products, as measured
 ISSUED_PER_S = 132 * 4 * 32 * 1.755e9  # instructions of threads: 132 multiprocessors, 4 warps a cycle, 1.755 GHz
 OF_COPY, OF_GEMM = 0.85, 0.88  # the share of these rates that we expect
-OF_LOOP, OF_ISSUE = 0.65, 0.75  # of a loop's instructions, aligned rows without targets run two thirds
+SPECIAL_PER_S = ISSUED_PER_S / 8  # exponentials, logarithms, reciprocals: 16 a cycle and multiprocessor
+OF_ISSUE = 0.75  # the share of either rate that we expect
 CALL = 40e-6  # forward and backward of the Python layer, beside which a small kernel is nothing
 REFUTED = 1.5  # times the expected time
 
@@ -48,21 +50,30 @@ class Case(NamedTuple):
     def floor(self) -> float:
         return max(self.needed / BYTES_PER_S, self.flops / FLOP_PER_S)
 
-    @property
-    def issue(self) -> float:
-        """Seconds to issue all instructions of the loops, what aligned rows skip included."""
+    def rounds(self, figure: str) -> float:
+        """The sum of a figure of the loops over all elements."""
         if not self.loops:
             return 0.0
-        lengths = BUDGETS[self.kernel]["hot loops"]
-        return sum(lengths[i] / elements for i, elements in self.loops) * self.elements / ISSUED_PER_S
+        counts = BUDGETS[self.kernel][figure]
+        return sum(counts[i] / elements for i, elements in self.loops) * self.elements
+
+    @property
+    def issue(self) -> float:
+        """Seconds to issue what the loops run."""
+        return self.rounds("ways round") / ISSUED_PER_S
+
+    @property
+    def special(self) -> float:
+        """Seconds of the units that take exponentials, logarithms and reciprocals."""
+        return self.rounds("special functions") / SPECIAL_PER_S
 
     @property
     def expected(self) -> float:
         """The larger of memory and arithmetic, and a quarter of the smaller for what doesn't overlap; products after or
         before, never beside them."""
         memory = self.moved / BYTES_PER_S / OF_COPY
-        issue = self.issue * OF_LOOP / OF_ISSUE
-        rows = max(memory, issue) + min(memory, issue) / 4
+        arithmetic = max(self.issue, self.special) / OF_ISSUE
+        rows = max(memory, arithmetic) + min(memory, arithmetic) / 4
         return max(rows + self.flops / FLOP_PER_S / OF_GEMM, CALL if self.launch_bound else 0.0)
 
 
@@ -100,7 +111,9 @@ def indices(count: int, bound: int) -> torch.Tensor:
 # ---- Cases ----
 
 
-def distillation(rows: int, vocab: int, divergence: str, struct: str, loops: tuple[int, ...], why: str) -> Case:
+def distillation(
+    rows: int, vocab: int, divergence: str, struct: str, loops: tuple[tuple[int, int], ...], why: str
+) -> Case:
     def run() -> Callable[[], object]:
         student, teacher = leaf(rows, vocab), normal(rows, vocab)
         return training(lambda: pyalign.distillation_loss(student, teacher, divergence=divergence), student)
@@ -109,7 +122,7 @@ def distillation(rows: int, vocab: int, divergence: str, struct: str, loops: tup
     return Case(
         f"{divergence} loss + gradient, {rows} x {vocab}",
         f"distill_clusters<bfloat16, {struct}>",
-        tuple((i, 8) for i in loops),
+        loops,
         rows * vocab,
         needed,
         needed,
@@ -123,6 +136,13 @@ def distillation(rows: int, vocab: int, divergence: str, struct: str, loops: tup
 SHARED = 227 << 10  # bytes that a block may have
 
 
+def shared_bytes(stem: str) -> int:
+    """sizeof(Shared) in ``csrc/cuda/<stem>.cu``, where the compiler checks it."""
+    source = (HERE.parent / "csrc" / "cuda" / f"{stem}.cu").read_text()
+    (size,) = re.findall(r"static_assert\(sizeof\(Shared\) == (\d+)\)", source)
+    return int(size)
+
+
 def through_l2(fixed: int, row: int) -> str:
     """The share of a row that one block a multiprocessor doesn't keep in shared memory (plan_rows in runtime.cu)."""
     return f"{max(row - (SHARED - fixed), 0) / row:.0%}"
@@ -134,7 +154,7 @@ def topk_case(rows: int, vocab: int, dtype: torch.dtype, name: str) -> Case:
         return lambda: pyalign.topk_logprobs(x, min(50, x.shape[1]))
 
     width, vector = dtype.itemsize, 16 // dtype.itemsize
-    needed, again = width * rows * vocab, through_l2(2048 + 128 + 2 * 1024 * 8 + 16, width * vocab)
+    needed, again = width * rows * vocab, through_l2(shared_bytes("topk"), width * vocab)
     return Case(
         f"topk_logprobs k = 50, {name}, {rows} x {vocab}",
         f"topk_rows<{'float' if name == 'float32' else name}>",
@@ -155,7 +175,7 @@ def topk_loss(rows: int, vocab: int) -> Case:
         stored = pyalign.topk_logprobs(normal(rows, vocab), min(50, student.shape[1] - 1))
         return training(lambda: pyalign.topk_distillation_loss(student, stored), student)
 
-    needed = 2 * 2 * rows * vocab + 50 * 12 * rows
+    needed, fixed = 2 * 2 * rows * vocab + 50 * 12 * rows, shared_bytes("topk_distill") + vocab // 8
     return Case(
         f"top-k loss + gradient, k = 50, {rows} x {vocab}",
         "topk_distill_rows<bfloat16>",
@@ -164,7 +184,7 @@ def topk_loss(rows: int, vocab: int) -> Case:
         needed,
         needed,
         0,
-        f"1 read, 1 pass over shared memory and, for {through_l2(2048 + 128 + vocab // 8, 2 * vocab)}, L2, 1 write",
+        f"1 read, 1 pass over shared memory and, for {through_l2(fixed, 2 * vocab)}, L2, 1 write",
         "one block of 512 threads a multiprocessor: reading, waiting and writing hardly overlap between rows",
         run,
     )
@@ -187,7 +207,7 @@ def logprob_case(rows: int, vocab: int, backward: bool) -> Case:
     return Case(
         f"token_logprobs with entropy{', forward + backward' if backward else ''}, {rows} x {vocab}",
         "logprob_rows<bfloat16, bfloat16, false>",
-        ((0, 16), (1, 16)) if backward else ((0, 16),),
+        ((0, 16), (2, 16)) if backward else ((0, 16),),
         rows * vocab,
         needed,
         needed,
@@ -337,20 +357,20 @@ def metrics_case(pairs: int) -> Case:
 
 
 def cases() -> list[Case]:
-    kl = (
-        "two blocks a multiprocessor, one row pair at work while the next arrives; memory and arithmetic nearly balance"
-    )
+    kl = "two blocks a multiprocessor, one row pair at work while the next arrives; memory bounds it"
+    reverse = "the loss is known from the fold: no third pass, and one exponential less in the second"
     third = "a third pass over shared memory: the slope needs a sum over the row first"
     longer = "rows of 1 MB leave room for one stage: copies overlap with the other block's arithmetic alone"
-    jsd = "two more logarithms and exponentials of mixtures per entry, in a pass of its own for the sums: arithmetic"
+    jsd = "a third pass; each of the two takes two exponentials and the logarithm of the mixture: MUFU bounds it"
+    two, three = ((1, 8), (9, 16)), ((1, 8), (7, 8), (11, 8))
     bfloat16 = torch.bfloat16
     return [
-        distillation(8192, 128256, "forward_kl", "ForwardKL", (0, 2), kl),
-        distillation(8192, 151936, "forward_kl", "ForwardKL", (0, 2), kl),
-        distillation(4096, 262144, "forward_kl", "ForwardKL", (0, 2), longer),
-        distillation(8192, 128256, "reverse_kl", "ReverseKL", (0, 2, 3), third),
-        distillation(8192, 128256, "jsd", "JensenShannon", (0, 2, 3), jsd),
-        distillation(8192, 128256, "tvd", "TotalVariation", (0, 2, 3), third),
+        distillation(8192, 128256, "forward_kl", "ForwardKL", two, kl),
+        distillation(8192, 151936, "forward_kl", "ForwardKL", two, kl),
+        distillation(4096, 262144, "forward_kl", "ForwardKL", two, longer),
+        distillation(8192, 128256, "reverse_kl", "ReverseKL", two, reverse),
+        distillation(8192, 128256, "jsd", "JensenShannon", three, jsd),
+        distillation(8192, 128256, "tvd", "TotalVariation", three, third),
         topk_case(8192, 128256, bfloat16, "bfloat16"),
         topk_case(8192, 128256, torch.float32, "float32"),
         topk_loss(8192, 128256),
@@ -378,16 +398,17 @@ the copy's rate in the same run; `python bench/predictions.py measure` does so w
 
 - **needed**: bytes that the work must move, inputs read and results written once. **floor**: the larger of that at
   {bandwidth:.1f} TB/s (copied) and the products at {flops:.0f} TFLOP/s bfloat16.
-- **issue**: time to issue all instructions in the kernel's loops (`tests/budgets/cuda.json`, sm_90) at the peak of
-  {issued:.1f} T a second. It counts what aligned rows without targets skip: they run about {of_loop:.0%} of it, at
-  about {of_issue:.0%} of that rate.
-- **expected**: the larger of memory at {of_copy:.0%} of a copy and issue, and a quarter of the smaller; products at
-  {of_gemm:.0%} of their rate are added. Small calls take {call:.0f} us of Python.
+- **issue**: time to issue the instructions that aligned rows without targets run in the kernel's loops ("ways round" in
+  `tests/budgets/cuda.json`, sm_90), at the peak of {issued:.1f} T a second. **MUFU**: that of their exponentials,
+  logarithms and reciprocals in the units that take them, {special:.2f} T a second. We expect {of_issue:.0%} of either
+  rate. Losses are those of rows that differ: near convergence a JSD takes twice the instructions.
+- **expected**: the larger of memory at {of_copy:.0%} of a copy and arithmetic, and a quarter of the smaller; products
+  at {of_gemm:.0%} of their rate are added. Small calls take {call:.0f} us of Python.
 - **refuted** by more than {refuted} x the expected time: then the reason in the last column is wrong, and a profile
   says what is right. Less than the floor means that the measurement is wrong.
 
-| case | needed | GFLOP | floor | issue | expected | refuted beyond | share of floor |
-|---|---|---|---|---|---|---|---|
+| case | needed | GFLOP | floor | issue | MUFU | expected | refuted beyond | share of floor |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -404,7 +425,7 @@ def page(found: Sequence[Case]) -> str:
         bandwidth=BYTES_PER_S / 1e12,
         flops=FLOP_PER_S / 1e12,
         issued=ISSUED_PER_S / 1e12,
-        of_loop=OF_LOOP,
+        special=SPECIAL_PER_S / 1e12,
         of_issue=OF_ISSUE,
         of_copy=OF_COPY,
         of_gemm=OF_GEMM,
@@ -413,7 +434,8 @@ def page(found: Sequence[Case]) -> str:
     )
     lines = [
         f"| {x.name} | {amount(x.needed)} | {f'{x.flops / 1e9:.0f}' if x.flops else ''} | {milliseconds(x.floor)} | "
-        f"{milliseconds(x.issue) if x.loops else ''} | {milliseconds(x.expected)} | "
+        f"{milliseconds(x.issue) if x.loops else ''} | {milliseconds(x.special) if x.loops else ''} | "
+        f"{milliseconds(x.expected)} | "
         f"{milliseconds(REFUTED * x.expected)} | {x.floor / x.expected:.0%} |"
         for x in found
     ]

@@ -128,18 +128,27 @@ def compile_source(source: Path, target: str, folder: Path) -> Built:
     return Built(source, target, compiled, parse(output, target))
 
 
+def shared_bytes(stem: str) -> int:
+    """sizeof(Shared) of ``csrc/cuda/<stem>.cu``, as its compiler was made to agree."""
+    (size,) = re.findall(r"static_assert\(sizeof\(Shared\) == (\d+)\)", (ROOT / f"csrc/cuda/{stem}.cu").read_text())
+    return int(size)
+
+
 class Instruction(NamedTuple):
     address: int
     opcode: str  # with its modifiers: LDG.E.128
     operands: str
+    guard: str = ""  # @!P0: it may not run
 
 
 def parse_sass(text: str) -> dict[str, list[Instruction]]:
     """The instructions of each kernel, by symbol."""
     kernels: dict[str, list[Instruction]] = {}
     for part in re.split(r"\n\s*Function : ", text)[1:]:
-        found = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", part)
-        kernels[part.split("\n", 1)[0].strip()] = [Instruction(int(at, 16), *rest) for at, *rest in found]
+        found = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", part)
+        kernels[part.split("\n", 1)[0].strip()] = [
+            Instruction(int(at, 16), opcode, operands, guard.strip()) for at, guard, opcode, operands in found
+        ]
     return kernels
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import itertools
 import json
 import os
 import re
@@ -89,6 +90,32 @@ def hot_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
     return wide or [loop for loop in loops if holds(loop, r"LDG\b")]
 
 
+def way_round(loop: Sequence[Instruction]) -> int:
+    """The fewest instructions of a round that takes all its exponentials or, without any, all its maxima: one that
+    skips what a row's target, its alignment or a candidate would need."""
+    place = {one.address: i for i, one in enumerate(loop)}
+    stops = [i for i, one in enumerate(loop) if one.opcode.startswith("MUFU.EX2")]
+    stops = stops or [i for i, one in enumerate(loop) if re.match(r"V?[FH]MNMX", one.opcode)]
+    total = 1
+    for begin, end in itertools.pairwise([0, *stops, len(loop) - 1]):
+        steps = {begin: 0}
+        for i in range(begin, end):
+            if i not in steps:
+                continue
+            target = re.search(r"\b0x([0-9a-f]+)\b", loop[i].operands)
+            jumps = loop[i].opcode.startswith("BRA") and target is not None
+            stays = not jumps or bool(loop[i].guard) or ".DIV" in loop[i].opcode or "P" in loop[i].operands
+            ahead = [i + 1] if stays else []
+            if jumps and target and place.get(int(target[1], 16), -1) > i:
+                ahead.append(place[int(target[1], 16)])
+            for to in ahead:
+                steps[to] = min(steps.get(to, len(loop)), steps[i] + 1)
+        if end not in steps:  # exponentials that exclude each other
+            return len(loop)
+        total += steps[end]
+    return total
+
+
 def figures(built: Built) -> dict[str, dict[str, Any]]:
     """By readable name, of the kernels of one object."""
     if not built.report:
@@ -110,7 +137,9 @@ def figures(built: Built) -> dict[str, dict[str, Any]]:
             "double arithmetic": holds(code, r"D(ADD|MUL|FMA|SETP)\b"),
             "matrix products": holds(code, r"([HWU]GMMA|UTC\w*MMA|[DHIQ]MMA)\b"),
             "hot loops": [len(loop) for loop in hot_loops(code)],
+            "ways round": [way_round(loop) for loop in hot_loops(code)],
             "exponentials": [holds(loop, r"MUFU\.EX2") for loop in hot_loops(code)],
+            "special functions": [holds(loop, "MUFU") for loop in hot_loops(code)],
         }
     return found
 
@@ -165,13 +194,24 @@ def test_row_kernels_move_16_bytes_take_exponentials_from_hardware_and_do_no_dou
         assert kernel == "scale_rows" or sum(entry["exponentials"]) > 0, name
 
 
-def test_a_forward_kl_takes_two_exponentials_per_pair_and_pass():
-    """Of a vector of 8 pairs: p and q, and one of the hard term's, which is skipped without targets; to fold, 3
-    rescalings besides. The loop between the two is the entropy's, which runs where metrics are wanted."""
-    fold, metrics, map_ = cuda_figures("90")["distill_clusters<bfloat16, ForwardKL>"]["exponentials"]
-    assert fold == 8 * (2 + 1) + 3
-    assert metrics == 8
-    assert map_ == 8 * (2 + 1)
+@pytest.mark.parametrize(
+    ("divergence", "passes", "most"),
+    [
+        ("ForwardKL", {"fold": (1, 8, 2 * 8 + 2), "map": (9, 16, 4 * 8)}, 210),
+        ("ReverseKL", {"fold": (1, 8, 2 * 8 + 2), "map": (9, 16, 2 * 8)}, 210),
+        ("TotalVariation", {"fold": (1, 8, 2 * 8 + 2), "sum": (7, 8, 2 * 8), "map": (11, 8, 2 * 8)}, 370),
+        ("JensenShannon", {"fold": (1, 8, 2 * 8 + 2), "sum": (7, 8, 2 * 8), "map": (11, 8, 2 * 8)}, 440),
+    ],
+)
+def test_a_row_far_from_its_teacher_costs_so_many_instructions(
+    divergence: str, passes: dict[str, tuple[int, int, int]], most: int
+):
+    """Per 8 pairs of bfloat16 in aligned rows without targets, over all passes. A pass is given by its loop, the pairs
+    of a round, and a round's exponentials; the fold's are of both rows, and a rescaling each."""
+    entry = cuda_figures("90")[f"distill_clusters<bfloat16, {divergence}>"]
+    for name, (loop, _, exponentials) in passes.items():
+        assert entry["exponentials"][loop] == exponentials, name
+    assert sum(entry["hot loops"][loop] * 8 / pairs for loop, pairs, _ in passes.values()) <= most
 
 
 # ---- Triton ----

@@ -160,30 +160,92 @@ struct ReverseKL {
     PYALIGN_HD F flow(Point<F> x) const { return weigh(x.q, x.d + F(1)); }
 };
 
+// Series around d = 0 of log m/q and of (beta p log p/m + (1 - beta) q log q/m) / p, which is of the order of d^2.
+// log m/p = log(beta + (1 - beta) e^d) generates the cumulants of a coin that shows the student with 1 - beta; the
+// derivative of the other is (1 - beta) e^d (d - log m/p).
+template <class F>
+struct MixtureSeries;
+
+// Relative 1e-8 for |d| < 1/4.
+template <>
+struct MixtureSeries<float> {
+    float log_ratio_of[6], loss_of[6];  // of d, d^2, ...; of d^2, d^3, ...
+
+    PYALIGN_HD explicit MixtureSeries(float beta) {
+        const float student = 1.0f - beta, k2 = beta * student, k3 = k2 * (beta - student);
+        const float k4 = k2 * (1.0f - 6.0f * k2), k5 = k3 * (1.0f - 12.0f * k2);
+        const float k6 = k2 * (1.0f - 30.0f * k2 + 120.0f * k2 * k2);
+        const float log_ratio[6] = {-beta, k2 / 2, k3 / 6, k4 / 24, k5 / 120, k6 / 720};
+        const float slope[6] = {beta,  // of e^d (d - log m/p)
+                                beta - k2 / 2,
+                                beta / 2 - k2 / 2 - k3 / 6,
+                                beta / 6 - k2 / 4 - k3 / 6 - k4 / 24,
+                                beta / 24 - k2 / 12 - k3 / 12 - k4 / 24 - k5 / 120,
+                                beta / 120 - k2 / 48 - k3 / 36 - k4 / 48 - k5 / 120 - k6 / 720};
+        for (int i = 0; i < 6; ++i) {
+            log_ratio_of[i] = log_ratio[i];
+            loss_of[i] = student * slope[i] / float(i + 2);
+        }
+    }
+    PYALIGN_HD static float horner(const float (&of)[6], float d) {
+        float y = of[5];
+        for (int i = 4; i >= 0; --i) y = y * d + of[i];
+        return y;
+    }
+    // log((1 - weight) + weight e^distance), distance <= 0: what `log_ratio` replaces where it is small.
+    PYALIGN_HD static float log_mixture(float weight, float distance) {
+        return log_unit((1.0f - weight) + weight * exp_unit(distance));
+    }
+    PYALIGN_HD float log_ratio(float d, float) const { return horner(log_ratio_of, d) * d; }
+    PYALIGN_HD float loss(Point<float> x, float, float) const { return x.p * (horner(loss_of, x.d) * (x.d * x.d)); }
+};
+
+// The library's log1p and expm1 are exact near 0, and each KL has its own series.
+template <>
+struct MixtureSeries<double> {
+    double beta;
+
+    PYALIGN_HD explicit MixtureSeries(double beta) : beta(beta) {}
+    PYALIGN_HD static double log_mixture(double weight, double distance) {
+        return log1p_nonpositive(weight * expm1_nonpositive(distance));
+    }
+    PYALIGN_HD double log_ratio(double, double m_over_q) const { return m_over_q; }
+    PYALIGN_HD double loss(Point<double> x, double m_over_p, double m_over_q) const {
+        return beta * (x.p * phi_series(m_over_p)) + (1.0 - beta) * (x.q * phi_series(m_over_q));
+    }
+};
+
 // beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q;  dD/dz = (1 - beta) q (log q/m - KL(q || m)).
-// The mixture lives in log space: log m/p = log(beta + (1 - beta) e^d), expanded around the larger of p and q.
+// The mixture lives in log space: log m/p = log(beta + (1 - beta) e^d), taken from the larger of p and q.
 template <class F, bool kNear = true>
 struct JensenShannon {
     using Far = JensenShannon<F, false>;
     static constexpr bool kMapNeedsSums = true;
     F beta;
+    MixtureSeries<F> series;
+
+    PYALIGN_HD JensenShannon(F beta) : beta(beta), series(beta) {}
     PYALIGN_HD Far far() const { return {beta}; }
 
     struct Mixture {
-        F m, m_over_p, m_over_q;  // m, log m/p, log m/q
+        F m_over_p, m_over_q;  // log m/p, log m/q
     };
     PYALIGN_HD Mixture mixture(Point<F> x) const {
         const bool student_larger = x.d > F(0);
         const F distance = student_larger ? -x.d : x.d;  // -|d|, NaN stays
         const F weight = student_larger ? beta : F(1) - beta;
-        const F log_m = log1p_nonpositive(weight * expm1_nonpositive(distance));  // log m / max(p, q)
-        return {beta * x.p + (F(1) - beta) * x.q, log_m + (student_larger ? x.d : F(0)),
-                log_m - (student_larger ? F(0) : x.d)};
+        const F log_m = MixtureSeries<F>::log_mixture(weight, distance);  // log m / max(p, q)
+        const F m_over_p = log_m + (student_larger ? x.d : F(0)), m_over_q = log_m - (student_larger ? F(0) : x.d);
+        if (!kNear) return {m_over_p, m_over_q};
+        const F near = series.log_ratio(x.d, m_over_q);
+        return {in_series(x.d) ? near + x.d : m_over_p, in_series(x.d) ? near : m_over_q};
     }
     PYALIGN_HD Sums<F> term(Point<F> x) const {
         const Mixture mix = mixture(x);
-        const F student = kl_term<kNear>(x.q, mix.m, mix.m_over_q);
-        return {beta * kl_term<kNear>(x.p, mix.m, mix.m_over_p) + (F(1) - beta) * student, student};
+        const F student = weigh(x.q, -mix.m_over_q), far = beta * weigh(x.p, -mix.m_over_p) + (F(1) - beta) * student;
+        if (!kNear) return {far, student};
+        const F near = series.loss(x, mix.m_over_p, mix.m_over_q);
+        return {in_series(x.d) ? near : far, student};
     }
     PYALIGN_HD F slope(Point<F> x, Sums<F> row) const {
         return (beta - F(1)) * (weigh(x.q, mixture(x).m_over_q) + x.q * row.aux);

@@ -86,18 +86,28 @@ PYALIGN_HD float log_positive(float x) {
 
 PYALIGN_HD double log_positive(double x) { return ::log(x); }
 
-// log(1 + x) for -1 <= x <= 0. 1 + x rounds to u; the last term puts back what the rounding took.
-PYALIGN_HD float log1p_nonpositive(float x) {
+// log(1 + x) for -1 <= x <= 0.
+PYALIGN_HD double log1p_nonpositive(double x) { return ::log1p(x); }
+
+// e^x for x <= 0 and log x for x in (0, 1], to 3e-7 absolutely: where the relative error of what is small has no
+// weight.
+PYALIGN_HD float exp_unit(float x) {
 #if defined(__CUDA_ARCH__)
-    return ::log1pf(x);
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x * 1.442695041f));
+    return x;
 #else
-    const float u = 1.0f + x;
-    const float lost = x - (u - 1.0f);
-    return log_positive(u) + (u > 0.0f ? lost / u : 0.0f);
+    return exp_nonpositive(x);
 #endif
 }
 
-PYALIGN_HD double log1p_nonpositive(double x) { return ::log1p(x); }
+PYALIGN_HD float log_unit(float x) {
+#if defined(__CUDA_ARCH__)
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));
+    return x * 0.6931471806f;
+#else
+    return log_positive(x);
+#endif
+}
 
 // Where e^x - 1 - x is taken from its series: beyond, the closed form has lost less than the series would need.
 template <class F>

@@ -75,6 +75,30 @@ __device__ __forceinline__ uint4 pack(const float (&x)[kLanes<T>]) {
     return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
+// The largest of some values. NaN counts only where all are.
+template <int N>
+__device__ __forceinline__ float largest_of(const float (&x)[N]) {
+    float largest[2] = {x[0], x[N - 1]};  // two chains: half the latency
+#pragma unroll
+    for (int i = 1; i < N - 1; ++i) largest[i % 2] = fmaxf(largest[i % 2], x[i]);
+    return fmaxf(largest[0], largest[1]);
+}
+
+// Of a vector: pairs of 16 bits at once.
+template <class T>
+__device__ __forceinline__ float largest_of(uint4 raw) {
+    if constexpr (sizeof(T) == 4) {
+        const float x[4] = {__uint_as_float(raw.x), __uint_as_float(raw.y), __uint_as_float(raw.z),
+                            __uint_as_float(raw.w)};
+        return largest_of(x);
+    } else {
+        using Two = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+        const auto two = [](const uint32_t& word) { return reinterpret_cast<const Two&>(word); };
+        const Two pair = __hmax2(__hmax2(two(raw.x), two(raw.y)), __hmax2(two(raw.z), two(raw.w)));
+        return fmaxf(widen(pair.x), widen(pair.y));
+    }
+}
+
 // One vector, or one element, of a gradient that nobody reads soon.
 template <class T>
 __device__ __forceinline__ void store(T* to, const float (&x)[kLanes<T>]) {
@@ -108,6 +132,15 @@ __device__ __forceinline__ uint4 realign(uint4 low, uint4 high, int lanes) {
     for (int i = 0; i < 4; ++i)
         out[i] = sizeof(T) == 4 ? by_three[i] : __funnelshift_r(by_three[i], by_three[i + 1], 8 * (bytes & 3));
     return make_uint4(out[0], out[1], out[2], out[3]);
+}
+
+// body(std::true_type) or body(std::false_type): a loop of its own for what no entry of a row should ask.
+template <class Body>
+__device__ __forceinline__ void specialised(bool flag, Body body) {
+    if (flag)
+        body(std::true_type{});
+    else
+        body(std::false_type{});
 }
 
 // ---- Rows ----
@@ -182,9 +215,9 @@ struct BlockRows {
         split = split_row<T>(size, lead, together);
     }
 
-    // body(element, x): x[r][0 .. N) are row r's values from `element` on; N is kLanes, or 1 outside the vectors.
+    // body(element, raw): raw[r] is row r's vector from `element` on.
     template <bool kFirst, int kBatch, class Body>
-    __device__ __forceinline__ void pass(Body body) {
+    __device__ __forceinline__ void vectors(Body body) {
         const int threads = blockDim.x, count = split.vectors;
         for (int start = threadIdx.x; start < count; start += kBatch * threads) {
             uint4 raw[kBatch][kRows];
@@ -212,15 +245,17 @@ struct BlockRows {
             for (int b = 0; b < kBatch; ++b) {
                 const int i = start + b * threads;
                 if (i >= count) continue;
-                float x[kRows][kLanes<T>];
 #pragma unroll
-                for (int r = 0; r < kRows; ++r) {
+                for (int r = 0; r < kRows; ++r)
                     if (kFirst && i < capacity) kept[r * capacity + i] = raw[b][r];
-                    unpack<T>(raw[b][r], x[r]);
-                }
-                body(split.head + i * kLanes<T>, x);
+                body(split.head + i * kLanes<T>, raw[b]);
             }
         }
+    }
+
+    // body(element, x): x[r][0] is row r's element outside the vectors that falls to this thread, if one does.
+    template <bool kFirst, class Body>
+    __device__ __forceinline__ void outside(Body body) {
         const int edge = split.template edge<T>(threadIdx.x);
         if (edge < 0) return;
         float x[kRows][1];
@@ -231,6 +266,18 @@ struct BlockRows {
             x[r][0] = here;
         }
         body(edge, x);
+    }
+
+    // body(element, x): x[r][0 .. N) are row r's values from `element` on; N is kLanes, or 1 outside the vectors.
+    template <bool kFirst, int kBatch, class Body>
+    __device__ __forceinline__ void pass(Body body) {
+        vectors<kFirst, kBatch>([&](int element, const uint4(&raw)[kRows]) {
+            float x[kRows][kLanes<T>];
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) unpack<T>(raw[r], x[r]);
+            body(element, x);
+        });
+        outside<kFirst>(body);
     }
 
     // The same elements without reading them: body gets zeros.
@@ -266,36 +313,65 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+// log2 x, to 2^-22 absolutely between 1/2 and 2, relatively elsewhere.
+__device__ __forceinline__ float log2_fast(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // exp((x - max) / T) in two instructions, where the formula as it stands takes eleven, and they bound the kernels:
 // 2^(x c - origin) with c = log2(e) / T and origin = max c. The product x c isn't rounded; what was rounded off origin
 // is a factor common to the whole row, and `correction` takes it back, once.
 struct Exponential {
+    static constexpr float kLog2E = 1.442695041f, kLn2 = 0.6931471806f;
+    static constexpr float kLowest = -3e38f;  // an origin is finite, so that -inf gives 0
+
     float c, origin;
 
     __device__ __forceinline__ Exponential(float max, float inverse_temperature)
-        : c(inverse_temperature * 1.442695041f), origin(fmaxf(max * c, -3e38f)) {}  // finite, so that -inf gives 0
+        : c(inverse_temperature * kLog2E), origin(fmaxf(max * c, kLowest)) {}
 
-    __device__ __forceinline__ float operator()(float x) const { return exp2_fast(__fmaf_rn(x, c, -origin)); }
-    __device__ __forceinline__ float correction(float max) const { return exp2_fast(__fmaf_rn(max, -c, origin)); }
+    __device__ __forceinline__ float exponent(float x) const { return __fmaf_rn(x, c, -origin); }
+    __device__ __forceinline__ float operator()(float x) const { return exp2_fast(exponent(x)); }
+    // log2 of the correction, and the correction: 1 for the max of nothing.
+    __device__ __forceinline__ float lost(float max) const {
+        return max * c < kLowest ? 0.f : __fmaf_rn(max, -c, origin);
+    }
+    __device__ __forceinline__ float correction(float max) const { return exp2_fast(lost(max)); }
 };
 
 // One thread's Softmax state while it folds, N logits at once: one rescaling for all. max drops NaN, but the sum keeps
 // it.
 struct Folding {
-    float max = Softmax<float>{}.max, sum = 0;  // of Exponential(max)
+    float max = Softmax<float>{}.max, origin = Exponential::kLowest, sum = 0;  // of Exponential(max)
 
+    // What brings sums taken so far to the new max: they are of exponents that fall by `shift`.
+    struct Step {
+        Exponential now;
+        float shift, scale;
+    };
+
+    __device__ __forceinline__ Step raise(float largest, float inverse_temperature) {
+        max = fmaxf(max, largest);
+        const Exponential now(max, inverse_temperature);
+        const float shift = now.origin - origin;
+        origin = now.origin;
+        return {now, shift, exp2_fast(-shift)};
+    }
+
+    // `largest` is that of x.
+    template <int N>
+    __device__ __forceinline__ void fold(const float (&x)[N], float largest, float inverse_temperature) {
+        const Step step = raise(largest, inverse_temperature);
+        float sums[2] = {sum * step.scale, 0.f};
+#pragma unroll
+        for (int i = 0; i < N; ++i) sums[i % 2] += step.now(x[i]);
+        sum = sums[0] + sums[1];
+    }
     template <int N>
     __device__ __forceinline__ void fold(const float (&x)[N], float inverse_temperature) {
-        const Exponential before(max, inverse_temperature);
-        float largest[2] = {max, max};  // two chains: half the latency
-#pragma unroll
-        for (int i = 0; i < N; ++i) largest[i % 2] = fmaxf(largest[i % 2], x[i]);
-        max = fmaxf(largest[0], largest[1]);
-        const Exponential now(max, inverse_temperature);
-        float sums[2] = {sum * exp2_fast(before.origin - now.origin), 0.f};
-#pragma unroll
-        for (int i = 0; i < N; ++i) sums[i % 2] += now(x[i]);
-        sum = sums[0] + sums[1];
+        fold(x, largest_of(x), inverse_temperature);
     }
 
     __device__ __forceinline__ Softmax<float> state(float inverse_temperature) const {

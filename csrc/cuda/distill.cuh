@@ -1,11 +1,14 @@
 // One row pair of the dense distillation losses, in whatever way it is held: by one block that reads it again from
 // shared memory and L2 (distill.cu), or by a thread-block cluster that has all of it on chip (distill_sm90.cu).
 //
-//   fold   both rows into Softmax states, merged over all threads that hold a part of the row;
+//   fold   both rows into Softmax states and a KL's closed form, merged over all threads that hold a part of the row;
 //   sum    the divergence's terms; where its slope needs no sums, the gradient is written in the same pass;
 //   map    otherwise once more, into the gradient.
+//
+// Rows whose loss is large go by closed forms (closed.cuh): the sum is left out where the fold knows the loss.
 #pragma once
 
+#include "cuda/closed.cuh"
 #include "cuda/losses.cuh"
 
 namespace pyalign::cuda {
@@ -13,25 +16,6 @@ namespace pyalign::cuda {
 struct DistillParams {
     LossParams loss;
     Rows teacher;  // [teacher_count, vocab]
-};
-
-struct Folded {
-    Softmax<float> student, teacher;
-    Softmax<float> hard;  // the student at temperature 1
-};
-
-struct FoldedMerger {
-    float inverse_temperature;
-    bool hard;
-
-    __device__ __forceinline__ Folded operator()(const Folded& a, const Folded& b) const {
-        return {merge(a.student, b.student, inverse_temperature), merge(a.teacher, b.teacher, inverse_temperature),
-                hard ? merge(a.hard, b.hard, 1.f) : a.hard};
-    }
-    __device__ __forceinline__ Folded warp(const Folded& x) const {
-        return {warp_merge(x.student, inverse_temperature), warp_merge(x.teacher, inverse_temperature),
-                hard ? warp_merge(x.hard, 1.f) : x.hard};
-    }
 };
 
 // The points of a row pair.
@@ -85,6 +69,83 @@ __device__ __forceinline__ D make_divergence(const LossParams& p) {
         return {};
 }
 
+// A row whose loss is above kFarLoss: its sums and its gradient; false, and no gradient, for any other.
+template <class T, class D, class Part>
+__device__ __forceinline__ bool closed_row(const LossParams& p, const Folded& folded, const D& divergence, T* gradient,
+                                           float slope_factor, bool has_target, const HardTerm& hard, Part& part,
+                                           Sums<float>& sums) {
+    if (!p.row_loss && !gradient) return true;
+    Closed<D> closed(folded, p.inverse_temperature, divergence);
+    if constexpr (Closed<D>::kSums) {
+        if (!closed.worthwhile(folded.kl<false>())) return false;
+        Sums<float> own;
+        part.again([&](int, const auto& x) {
+            constexpr int kCount = sizeof(x[0]) / sizeof(float);
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) closed.add(own, x[0][i], x[1][i]);
+        });
+        sums = closed.finish(part.merge(own, SumsMerger{}));
+    } else {
+        sums.loss = closed.loss;
+    }
+    if (!(sums.loss > kFarLoss<float> && sums.loss < INFINITY)) return false;  // NaN isn't
+    if (!gradient) return true;
+
+    closed.settle(sums, slope_factor);
+    specialised(has_target, [&](auto targets) {
+        part.again([&](int element, const auto& x) {
+            constexpr int kCount = sizeof(x[0]) / sizeof(float);
+            float slopes[kCount];
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) slopes[i] = closed.slope(x[0][i], x[1][i]);
+            if (decltype(targets)::value) hard.add(slopes, element, x[0]);
+            store(gradient + element, slopes);
+        });
+    });
+    return true;
+}
+
+// Any row, by the divergence's own terms.
+template <class T, class D, class Part>
+__device__ __forceinline__ Sums<float> general_row(const LossParams& p, const Folded& folded, const D& divergence,
+                                                   T* gradient, float slope_factor, bool has_target,
+                                                   const HardTerm& hard, Part& part) {
+    const Points points(folded, p.inverse_temperature);
+    const auto write = [&](int element, auto& slopes, const auto& student) {
+        for (float& slope : slopes) slope = slope_factor == 0.f ? 0.f : slope * slope_factor;  // 0 weighs even NaN off
+        if (has_target) hard.add(slopes, element, student);
+        store(gradient + element, slopes);
+    };
+
+    // Sum, and map where the slope needs no sums
+    Sums<float> sums;
+    part.again([&](int element, const auto& x) {
+        constexpr int kCount = sizeof(x[0]) / sizeof(float);
+        float slopes[kCount];
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            const Point<float> at = points.at(x[0][i], x[1][i]);
+            sums = sums + divergence.term(at);
+            if (!D::kMapNeedsSums) slopes[i] = divergence.slope(at, {});
+        }
+        if (!D::kMapNeedsSums && gradient) write(element, slopes, x[0]);
+    });
+    if (p.row_loss || D::kMapNeedsSums) sums = part.merge(sums, SumsMerger{});
+    if (sums.loss != sums.loss) sums.aux = sums.loss;  // no loss, no gradient
+
+    // Map
+    if (D::kMapNeedsSums && gradient) {
+        part.again([&](int element, const auto& x) {
+            constexpr int kCount = sizeof(x[0]) / sizeof(float);
+            float slopes[kCount];
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) slopes[i] = divergence.slope(points.at(x[0][i], x[1][i]), sums);
+            write(element, slopes, x[0]);
+        });
+    }
+    return sums;
+}
+
 // `part` is this block's part of the row: part.first(body) and part.again(body) call body(element, {student, teacher})
 // over its elements, part.merge(state, merger) joins the states of all threads that work on the row, and part.note is
 // memory of one thread's own for what is needed at the end.
@@ -97,53 +158,28 @@ __device__ __forceinline__ void distill_row(const DistillParams& params, int64_t
     const bool has_target = token.target >= 0;
 
     // Fold
-    Folding student, teacher, student_hard;
-    part.first([&](int, const auto& x) {
-        student.fold(x[0], inverse_temperature);
-        teacher.fold(x[1], inverse_temperature);
-        if (has_target) student_hard.fold(x[0], 1.f);
+    const bool folds_hard = has_target && inverse_temperature != 1.f;
+    PairFolding<kStudentWeighs<D>> folding;
+    Folding student_hard;
+    specialised(folds_hard, [&](auto hard) {
+        part.first([&](int, const auto& x) {
+            folding.fold(x[0], x[1], inverse_temperature);
+            if (decltype(hard)::value) student_hard.fold(x[0], 1.f);
+        });
     });
-    const Folded own{student.state(inverse_temperature), teacher.state(inverse_temperature), student_hard.state(1.f)};
-    const Folded folded = part.merge(own, FoldedMerger{inverse_temperature, has_target});
+    const Folded own{folding.student.state(inverse_temperature), folding.teacher.state(inverse_temperature),
+                     student_hard.state(1.f), folding.crossed(inverse_temperature)};
+    Folded folded = part.merge(own, FoldedMerger<kStudentWeighs<D>>{inverse_temperature, folds_hard});
+    if (!folds_hard) folded.hard = folded.student;
     if (part.thread() == 0) *part.note = {token.weight, hard_loss(p, token, folded.hard, target_logit)};
     const HardTerm hard(p, token, folded.hard);
-    const Points points(folded, inverse_temperature);
     if (p.wants_metrics()) write_metrics(p, row, folded, part);
 
-    // Sum, and map where the slope needs no sums
     T* const gradient = p.gradient.data ? row_pointer<T>(p.gradient, row) : nullptr;  // [width]
     const float slope_factor = token.factor * p.slope_weight;
-    const auto write = [&](int element, auto& slopes, const auto& student) {
-        for (float& slope : slopes) slope = slope_factor == 0.f ? 0.f : slope * slope_factor;  // 0 weighs even NaN off
-        if (has_target) hard.add(slopes, element, student);
-        store(gradient + element, slopes);
-    };
     Sums<float> sums;
-    if (p.row_loss || gradient) {
-        part.again([&](int element, const auto& x) {
-            constexpr int kCount = sizeof(x[0]) / sizeof(float);
-            float slopes[kCount];
-#pragma unroll
-            for (int i = 0; i < kCount; ++i) {
-                const Point<float> at = points.at(x[0][i], x[1][i]);
-                sums = sums + divergence.term(at);
-                if (!D::kMapNeedsSums) slopes[i] = divergence.slope(at, {});
-            }
-            if (!D::kMapNeedsSums && gradient) write(element, slopes, x[0]);
-        });
-        if (p.row_loss || D::kMapNeedsSums) sums = part.merge(sums, SumsMerger{});
-    }
-
-    // Map
-    if (D::kMapNeedsSums && gradient) {
-        part.again([&](int element, const auto& x) {
-            constexpr int kCount = sizeof(x[0]) / sizeof(float);
-            float slopes[kCount];
-#pragma unroll
-            for (int i = 0; i < kCount; ++i) slopes[i] = divergence.slope(points.at(x[0][i], x[1][i]), sums);
-            write(element, slopes, x[0]);
-        });
-    }
+    const bool is_far = closed_row<T>(p, folded, divergence, gradient, slope_factor, has_target, hard, part, sums);
+    if (!is_far) sums = general_row<T>(p, folded, divergence, gradient, slope_factor, has_target, hard, part);
     if (gradient) fill(gradient + p.vocab, p.width - p.vocab, 0.f, part.thread(), part.threads());
     if (p.row_loss && part.thread() == 0) write_row_loss(p, row, part.note->weight, sums.loss, part.note->hard);
 }

@@ -110,6 +110,7 @@ struct alignas(16) Shared {
     Note note;
     uint64_t arrived[kMostStages];
 };
+static_assert(sizeof(Shared) == 7520);  // tests and bench/predictions.py read it here
 
 // Merges the states of all threads of a cluster; see BlockTeam.
 struct ClusterTeam {
@@ -142,20 +143,29 @@ struct ClusterPart {
     ClusterTeam& team;
     Note* note;
 
-    template <bool kFirst, class Body>
-    __device__ __forceinline__ void pass(Body body) {
-        const int student_lanes = misalignment(rows[0] + slice.split.head);
-        const int teacher_lanes = misalignment(rows[1] + slice.split.head);
+    template <bool kTogether, class Body>
+    __device__ __forceinline__ void vectors(Body& body, int student_lanes, int teacher_lanes) const {
         const uint4 *const student = stage, *const teacher = stage + capacity;
         for (int i = threadIdx.x; i < slice.count; i += kThreads) {
             uint4 s = student[i], t = teacher[i];
-            if (student_lanes) s = realign<T>(s, student[i + 1], student_lanes);
-            if (teacher_lanes) t = realign<T>(t, teacher[i + 1], teacher_lanes);
+            if (!kTogether && student_lanes) s = realign<T>(s, student[i + 1], student_lanes);
+            if (!kTogether && teacher_lanes) t = realign<T>(t, teacher[i + 1], teacher_lanes);
             float x[2][kLanes<T>];
             unpack<T>(s, x[0]);
             unpack<T>(t, x[1]);
             body(slice.split.head + (slice.start + i) * kLanes<T>, x);
         }
+    }
+
+    template <bool kFirst, class Body>
+    __device__ __forceinline__ void pass(Body body) {
+        const int student_lanes = misalignment(rows[0] + slice.split.head);
+        const int teacher_lanes = misalignment(rows[1] + slice.split.head);
+        const bool together = (student_lanes | teacher_lanes) == 0;
+        if (together)
+            vectors<true>(body, 0, 0);
+        else
+            vectors<false>(body, student_lanes, teacher_lanes);
         const int edge = team.rank == 0 ? slice.split.template edge<T>(threadIdx.x) : -1;
         if (edge < 0) return;
         float x[2][1];

@@ -29,33 +29,34 @@ struct Folded {
     float above = 0;  // sum y - y_target
 };
 
-// One thread's state, N entries at once, as Folding in common.cuh: of Exponential(max).
+// One thread's state, N entries at once, as Folding in common.cuh. `distance` is sum 2^x -x over the exponents x of its
+// Exponential: log2(e) / T of that in LogprobState.
 struct LogprobFolding {
-    float max = Softmax<float>{}.max, sum = 0, distance = 0;
+    static constexpr float kNothing = -150.f;  // 2^x is 0, and x is finite, so that -inf weighs nothing
 
-    template <int N>
-    __device__ __forceinline__ void fold(const float (&y)[N], float inverse_temperature, bool distances) {
-        const float before = max;
-        float largest[2] = {max, max};
-#pragma unroll
-        for (int i = 0; i < N; ++i) largest[i % 2] = fmaxf(largest[i % 2], y[i]);
-        max = fmaxf(largest[0], largest[1]);
-        const Exponential now(max, inverse_temperature);
-        const float scale = exp2_fast(Exponential(before, inverse_temperature).origin - now.origin);
-        if (distances) distance = (distance + weigh(sum, max - before)) * scale;
-        float sums[2] = {sum * scale, 0.f};
+    Folding softmax;
+    float distance = 0;
+
+    template <bool kDistances, int N>
+    __device__ __forceinline__ void fold(const float (&y)[N], float inverse_temperature) {
+        if (!kDistances) return softmax.fold(y, inverse_temperature);
+        const Folding::Step step = softmax.raise(largest_of(y), inverse_temperature);
+        float far[2] = {__fmaf_rn(softmax.sum, step.shift, distance) * step.scale, 0.f};
+        float sums[2] = {softmax.sum * step.scale, 0.f};
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-            const float e = now(y[i]);
+            const float x = step.now.exponent(y[i]), e = exp2_fast(x);
             sums[i % 2] += e;
-            if (distances) distance += weigh(e, max - y[i]);
+            far[i % 2] -= e * fmaxf(x, kNothing);
         }
-        sum = sums[0] + sums[1];
+        softmax.sum = sums[0] + sums[1];
+        distance = far[0] + far[1];
     }
 
     __device__ __forceinline__ LogprobState<float> state(float inverse_temperature) const {
-        const float correction = Exponential(max, inverse_temperature).correction(max);
-        return {{max, weigh(sum, correction)}, weigh(distance, correction)};
+        const Exponential exponential(softmax.max, inverse_temperature);
+        const float at_max = distance - softmax.sum * exponential.lost(softmax.max);
+        return {softmax.state(inverse_temperature), weigh(at_max, exponential.correction(softmax.max) / exponential.c)};
     }
 };
 
@@ -149,15 +150,17 @@ __global__ void __launch_bounds__(kMostThreads, 1) logprob_rows(const LogprobPar
         } else {
             y_target = cap<kCaps>(softcap, widen(logits[target])).value;  // before anybody writes over it
             LogprobFolding folding;
-            rows.template pass<true, kBatch>([&](int, const auto& x) {
-                constexpr int kCount = sizeof(x[0]) / sizeof(float);
-                float y[kCount];
+            specialised(p.distances, [&](auto distances) {
+                rows.template pass<true, kBatch>([&](int, const auto& x) {
+                    constexpr int kCount = sizeof(x[0]) / sizeof(float);
+                    float y[kCount];
 #pragma unroll
-                for (int i = 0; i < kCount; ++i) y[i] = cap<kCaps>(softcap, x[0][i]).value;
-                folding.fold(y, inverse_temperature, p.distances);
-                if (!p.aboves) return;
+                    for (int i = 0; i < kCount; ++i) y[i] = cap<kCaps>(softcap, x[0][i]).value;
+                    folding.template fold<decltype(distances)::value>(y, inverse_temperature);
+                    if (!p.aboves) return;
 #pragma unroll
-                for (int i = 0; i < kCount; ++i) folded.above += y[i] - y_target;
+                    for (int i = 0; i < kCount; ++i) folded.above += y[i] - y_target;
+                });
             });
             folded.state = folding.state(inverse_temperature);
             folded = team.merge(folded, FoldedMerger{inverse_temperature});

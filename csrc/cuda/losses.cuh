@@ -110,8 +110,10 @@ struct HardTerm {
     template <int N>
     __device__ __forceinline__ void add(float (&gradient)[N], int element, const float (&student)[N]) const {
 #pragma unroll
-        for (int i = 0; i < N; ++i)
-            gradient[i] += scaled * exponential(student[i]) - (element + i == target ? factor : 0.f);
+        for (int i = 0; i < N; ++i) gradient[i] += scaled * exponential(student[i]);
+        if (unsigned(target - element) >= unsigned(N)) return;
+#pragma unroll
+        for (int i = 0; i < N; ++i) gradient[i] -= element + i == target ? factor : 0.f;
     }
 };
 

@@ -102,6 +102,7 @@ struct alignas(16) Shared {
     Key candidates[kCandidates], ranked[kCandidates];
     int count;
 };
+static_assert(sizeof(Shared) == 18576);  // tests and bench/predictions.py read it here
 
 // Grid: any number of blocks, each takes every gridDim.x-th row. `kept` vectors of the row stay in shared memory.
 template <class T>
@@ -122,13 +123,12 @@ __global__ void __launch_bounds__(kMostThreads, 1)
         // 1. Each thread's largest. The last index of its vector stands for its own: a bound all the same.
         float best = -INFINITY;
         int best_index = 0;
-        part.template pass<true, 4>([&](int element, const auto& values) {
-            constexpr int kCount = sizeof(values[0]) / sizeof(float);
-            float largest = values[0][0];
-#pragma unroll
-            for (int i = 1; i < kCount; ++i) largest = fmaxf(largest, values[0][i]);
-            if (largest > best) best = largest, best_index = element + kCount - 1;
-        });
+        const auto note = [&](float largest, int last) {
+            if (largest > best) best = largest, best_index = last;
+        };
+        part.template vectors<true, 4>(
+            [&](int element, const uint4(&raw)[1]) { note(largest_of<T>(raw[0]), element + kLanes<T> - 1); });
+        part.template outside<true>([&](int element, const auto& values) { note(values[0][0], element); });
         const bool any = best > -INFINITY;
         const Key own = any ? key_of(best, best_index) : 0;
         Range range{any ? ordered(best) : ~0u, any ? ordered(best) : uint32_t(kLowest >> 32)};
@@ -147,22 +147,26 @@ __global__ void __launch_bounds__(kMostThreads, 1)
             __syncthreads();
             const Threshold threshold(low);
             Folding folding;
-            part.template pass<false, 1>([&](int element, auto& values) {
-                constexpr int kCount = sizeof(values[0]) / sizeof(float);
-                float largest = values[0][0];
-#pragma unroll
-                for (int i = 1; i < kCount; ++i) largest = fmaxf(largest, values[0][i]);
+            const auto sort = [&](int element, auto& values, float largest) {
+                constexpr int kCount = sizeof(values) / sizeof(float);
                 if (largest >= threshold.logit) {
 #pragma unroll
                     for (int i = 0; i < kCount; ++i) {
-                        if (!threshold.reached_by(values[0][i], element + i)) continue;
+                        if (!threshold.reached_by(values[i], element + i)) continue;
                         const int place = atomicAdd(&shared.count, 1);
-                        if (place < kCandidates) shared.candidates[place] = key_of(values[0][i], element + i);
-                        values[0][i] = -INFINITY;
+                        if (place < kCandidates) shared.candidates[place] = key_of(values[i], element + i);
+                        values[i] = -INFINITY;
                     }
+                    largest = largest_of(values);
                 }
-                folding.fold(values[0], inverse_temperature);
+                folding.fold(values, largest, inverse_temperature);
+            };
+            part.template vectors<false, 1>([&](int element, const uint4(&raw)[1]) {
+                float values[kLanes<T>];
+                unpack<T>(raw[0], values);
+                sort(element, values, largest_of<T>(raw[0]));
             });
+            part.template outside<false>([&](int element, auto& values) { sort(element, values[0], values[0][0]); });
             rest = team.merge(folding.state(inverse_temperature), RestMerger{inverse_temperature});
             found = shared.count;
             if (found <= kCandidates) break;

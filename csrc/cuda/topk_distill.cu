@@ -111,6 +111,7 @@ struct alignas(16) Shared {
     char slots[BlockTeam::kBytes];
     float edges[kWarp];
 };
+static_assert(sizeof(Shared) == 2176);  // tests and bench/predictions.py read it here
 
 // Grid: any number of blocks, each takes every gridDim.x-th row. `kept` vectors of the row stay in shared memory.
 template <class T>
