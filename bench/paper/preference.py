@@ -259,7 +259,8 @@ def _section(title: str, results: Sequence[tuple[Unit, dict[str, Any]]], directo
         [name, f"{float(x.accuracy):.3f}", f"{float(x.log_loss):.3f}", f"{float(x.brier):.3f}", f"{float(x.ece):.3f}"]
         for name, x in evaluations.items()
     ]
-    curve = {int(size): [result["curve"][size] for result in heads] for size in heads[0]["curve"]}
+    sizes = sorted(int(size) for size in heads[0]["curve"])
+    curve = {size: [result["curve"][str(size)] for result in heads] for size in sizes}
     whole = round(config["count"] * (1 - 1 / by_job["heads"][0][0]["folds"]))
     estimates = {
         size: mean_estimate(torch.tensor(values).mean(0).tolist(), proportion=True) for size, values in curve.items()
@@ -295,9 +296,10 @@ Accuracy of the head on means by the number of training pairs:
 {_elo(by_job["answers"])}
 """
     claim = Claim(
-        "ranked preference models learn what people prefer, where log-probs don't tell",
+        "ranked preference models learn what people prefer, where imitation hardly tells",
         f"accuracy of a head on frozen hidden states {estimate}, of the same model's mean log-prob without training "
-        f"{mean_estimate(language['mean_logprob'], proportion=True)}",
+        f"{mean_estimate(language['mean_logprob'], proportion=True)}, of the shorter response "
+        f"{mean_estimate(language['shortest'], proportion=True)}",
         config["model"]["name"],
         "fine-tuning of all weights on many thousands of pairs",
     )

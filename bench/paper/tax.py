@@ -240,7 +240,7 @@ def _section(title: str, results: Sequence[tuple[Unit, dict[str, Any]]], directo
                       capsize=2)  # fmt: skip
     axes.axvline(0, color="#777", lw=1, ls="--")
     axes.set_yticks([-at for at in range(len(taxes))], [f"{name}: {variant}" for name, variant, _ in taxes], fontsize=7)
-    axes.set(xlabel="accuracy minus that of the plain model")
+    axes.set(xlabel="accuracy, minus plain")
     body = f"""{config["model"]["name"]}: as it is, behind a prompt of ours with three dialogues (the paper's has
 14), and with that prompt distilled into its last {layers} layers by `pyalign distill`, on help topics of Python's own
 library and dialogues about them{_kl(distillation)}. One run each; intervals (95 %) are over items:

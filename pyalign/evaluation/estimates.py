@@ -144,10 +144,8 @@ def paired_difference(
     Args:
         values, baseline: (n,) numbers, item by item; items that are NaN in either are left out.
         proportion: whether items lie within [0, 1] and are right or wrong (or tied). Then the interval is the adjusted
-            one
-            of Bonett and Price 2012: with b the sum of what is gained where the run is better, c of what is lost where
-                it
-            is worse, p = (b + 1) / (n + 2) and q = (c + 1) / (n + 2), it is
+            one of Bonett and Price 2012: with b the sum of what is gained where the run is better, c of what is lost
+            where it is worse, p = (b + 1) / (n + 2) and q = (c + 1) / (n + 2), it is
 
                 p - q -+ z sqrt((p + q - (p - q)^2) / (n + 2)),
 

@@ -1,9 +1,8 @@
 """HumanEval: completions of programs, judged by running them against their tests (Chen et al. 2021, arXiv 2107.03374).
 
 What a model wrote is executed, in processes with limits of time and memory, an empty directory and no environment. That
-is
-no sandbox: such a process may read files, use the network and start others. So nothing runs unless the caller says so,
-and untrusted completions belong on a machine that has nothing to lose.
+is no sandbox: such a process may read files, use the network and start others. So nothing runs unless the caller says
+so, and untrusted completions belong on a machine that has nothing to lose.
 """
 
 from __future__ import annotations

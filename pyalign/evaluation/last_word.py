@@ -31,8 +31,7 @@ def evaluate_last_words(
     """How often a causal language model predicts the last word w of a text from its context q.
 
     - ``accuracy``: whether greedy decoding writes w, that is, whether each of its tokens is the most probable one
-    behind
-      the context and w's tokens before it; lm-eval's ``acc`` of Lambada (Paperno et al. 2016, arXiv 1606.06031)
+      behind the context and w's tokens before it; lm-eval's ``acc`` of Lambada (Paperno et al. 2016, arXiv 1606.06031)
     - ``log_loss``: -log P(w|q), of all its tokens
 
     What may follow w isn't looked at: a model that would have written a longer word that begins with w's tokens is

@@ -90,8 +90,7 @@ def evaluate_multiple_choice(
         scorings: which of the above.
         prompt: a text in front of every context, as context distillation's teacher reads it: the same tokens with and
             without it follow, so that runs can be compared item by item (:meth:`Evaluation.compare`). It is a part of
-            the
-            model: it stands in front of ``null_context`` too.
+            the model: it stands in front of ``null_context`` too.
         null_context: what log P(a) is read behind. "": nothing but BOS (or EOS, without BOS). ``"Answer:"`` is another
             usual choice.
         ties: "split": k choices that share the highest score count 1/k each. "first": the first of them is taken, as

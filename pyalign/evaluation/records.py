@@ -91,8 +91,7 @@ class Formats:
         question: "{question}" in it is replaced by the text, for example ``"Human: {question}\\n\\nAssistant:"``. None:
             the text as it is in the file, and around a BIG-bench example what its task puts there (``task_prefix``,
             ``example_input_prefix``, the choices where ``append_choices_to_input`` asks for them, in alphabetical
-            order,
-            ``example_output_prefix``).
+            order, ``example_output_prefix``).
         choice: "{choice}" in it is replaced by the choice. None: the choice, joined by a space where neither it nor the
             context has whitespace there.
 
