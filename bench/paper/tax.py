@@ -10,14 +10,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
+from bench.demo import write_texts
 from bench.paper import real
 from bench.paper.experiment import Absent, Preset
 from bench.paper.report import COLOURS, Claim, Section, figure, save, table
@@ -37,6 +36,7 @@ from pyalign.evaluation import (
     read_multiple_choice,
     read_problems,
 )
+from pyalign.evaluation.results import finite
 
 REVISION = 1
 VARIANTS = ("plain", "prompted", "distilled")
@@ -50,7 +50,6 @@ HEADLINES = (  # task, metric, name in the table
     ("truthful_qa", "sum_logprob/accuracy", "TruthfulQA MC1"),
     ("last_word", "accuracy", "last word"),
 )
-TOPIC_CHARACTERS = 1200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +129,7 @@ def _distilled(unit: Unit, store: Store) -> Path:
         return out
     out.mkdir(parents=True, exist_ok=True)
     texts, shared = out / "topics.jsonl", {"--model": c["model"]["path"], "--device": c["device"]}
-    write_text(texts, "".join(json.dumps(row) + "\n" for row in _topics()))
+    write_texts(texts)
     collect = {
         **shared, "--prompt-file": real.PROMPT, "--text": texts, "--store": out / "store",
         "--chunk-length": c["chunk"], "--max-sequences": c["sequences"], "--held-out": 0.15, "--shard-sequences": 64,
@@ -151,16 +150,6 @@ def _distilled(unit: Unit, store: Store) -> Path:
     return out
 
 
-def _topics() -> Iterator[dict[str, str]]:
-    """The help topics of Python's own library; one group each, which is held out together."""
-    for name, text in sorted(topics.items()):
-        title, _, body = text.strip().partition("\n")
-        document = re.sub(r"[ \t]+", " ", re.sub(r"^[*=\-~]+\n", "", body).strip())[:TOPIC_CHARACTERS]
-        yield {"text": f"{title}\n\n{document}", "group": name}
-        question = f"Can you explain this part of Python to me: {title.strip()}?"
-        yield {"question": question, "answer": document, "group": name}
-
-
 def _evaluate(c: Any, store: Store) -> dict[str, Any]:
     model: Any = c["model"]
     if c["variant"] == "distilled":
@@ -178,7 +167,7 @@ def _evaluate(c: Any, store: Store) -> dict[str, Any]:
         scorings = SCORINGS[c["task"]]
         reader = Reader(network, tokenizer, prompt=prompt, null_context=NULL if "information" in scorings else None)
         found = evaluate_multiple_choice(reader, questions, scorings=scorings)
-    values = {name: [real.finite(x) for x in column] for name, column in found.values.items()}
+    values = {name: [finite(x) for x in column] for name, column in found.values.items()}
     return {"values": values, "ids": found.ids, "subsets": found.subsets}
 
 
