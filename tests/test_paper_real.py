@@ -83,7 +83,7 @@ def planted(n: int, width: int, noise: float, seed: int) -> tuple[torch.Tensor, 
 
 def test_a_head_finds_a_planted_direction():
     hidden, direction = planted(2000, 8, 0.5, 0)
-    weight = preference.fit(hidden, 0.01).weight
+    weight = preference.fit(hidden, 0.01)
     assert float(torch.cosine_similarity(weight, direction, 0)) > 0.98
 
 
@@ -94,7 +94,7 @@ def test_the_fit_is_where_its_gradient_is_zero():
     head = preference.fit(hidden, ridge)
     spread = hidden.flatten(0, 1).std(0)
     gaps = (hidden[:, 0] - hidden[:, 1]) / spread
-    weight = head.weight * spread
+    weight = head * spread
     gradient = -(gaps * torch.sigmoid(-(gaps @ weight))[:, None]).mean(0) + ridge * weight
     assert float(gradient.abs().max()) < 1e-5
 

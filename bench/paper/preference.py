@@ -13,7 +13,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,18 +53,9 @@ SETTINGS = {
 }
 
 
-class Head(NamedTuple):
-    """score = hidden @ weight"""
-
-    weight: Tensor  # (H,)
-
-    def __call__(self, hidden: Tensor) -> Tensor:  # (..., H) -> (...)
-        return hidden @ self.weight
-
-
-def fit(hidden: Tensor, ridge: float) -> Head:
-    """The head with the least ranked loss over pairs (N, 2, H), chosen first, plus ridge / 2 times the squared norm of
-    its weights on features of one spread."""
+def fit(hidden: Tensor, ridge: float) -> Tensor:
+    """(H,) the head, whose scores are hidden @ head: the least ranked loss over pairs (N, 2, H), chosen first, plus
+    ridge / 2 times the squared norm of its weights on features of one spread."""
     spread = hidden.flatten(0, 1).std(0).clamp_min(1e-6)
     gaps = (hidden[:, 0] - hidden[:, 1]) / spread
     zero = gaps.new_zeros(len(gaps))
@@ -78,7 +69,7 @@ def fit(hidden: Tensor, ridge: float) -> Head:
         return float(value.detach())
 
     solver.step(loss)
-    return Head(weight.detach() / spread)
+    return weight.detach() / spread
 
 
 def folds_of(groups: Sequence[str], count: int, seed: int) -> Tensor:
@@ -93,7 +84,7 @@ def choose(hidden: Tensor, inner: Tensor) -> tuple[int, float]:
     for layer in range(hidden.shape[2]):
         for ridge in RIDGES:
             head = fit(hidden[inner != 0, :, layer], ridge)
-            chosen, rejected = head(hidden[inner == 0, :, layer]).unbind(1)
+            chosen, rejected = (hidden[inner == 0, :, layer] @ head).unbind(1)
             best = min(best, (float(pairwise_preference_loss(chosen, rejected)), layer, ridge))
     return best[1:]
 
@@ -108,7 +99,7 @@ def cross_validated(hidden: Tensor, groups: Sequence[str], count: int, seed: int
         train = (folds != fold).nonzero().squeeze(1)
         train = train[torch.randperm(len(train), generator=generator)[:size]]
         layer, ridge = choose(hidden[train], inner[train])
-        scores[folds == fold] = fit(hidden[train][:, :, layer], ridge)(hidden[folds == fold][:, :, layer])
+        scores[folds == fold] = hidden[folds == fold][:, :, layer] @ fit(hidden[train][:, :, layer], ridge)
     return scores
 
 
@@ -218,10 +209,10 @@ def _answers(config: Any, pairs: Sequence[Question], store: Store) -> dict[str, 
     head = fit(hidden[train][:, :, layer], ridge)
     texts = [x + answer for x, answer in zip(contexts, written, strict=True)]
     own = real.hidden_states(config["model"], texts, DEPTHS, config["max_tokens"], config["device"])[:, 1, layer]
-    both = head(hidden[folds == 0][: len(asked)][:, :, layer])
+    both = hidden[folds == 0][: len(asked)][:, :, layer] @ head
     return {
         "written": written,
-        "own": head(own).tolist(),
+        "own": (own @ head).tolist(),
         "chosen": both[:, 0].tolist(),
         "rejected": both[:, 1].tolist(),
     }
