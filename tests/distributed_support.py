@@ -8,6 +8,8 @@
 Workers are forked from a server that has imported torch, once per world size, and keep their process group from one
 run to the next. A rank that raises, dies or doesn't answer in time is an error of the run; if others may be waiting for
 it, all are ended, and the next run starts new ones.
+
+Whole programs are started by :func:`torchrun`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -199,3 +202,19 @@ class Pools:
     def close(self) -> None:
         for pool in self._pools.values():
             pool.close()
+
+
+def torchrun(script: Path, *arguments: object, size: int, timeout: float = 300.0, **environment: str) -> str:
+    """What ``size`` processes of ``script`` print, each with one thread and ``environment`` added to its own."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"),
+        *(Path(__file__).with_name("torchrun_main.py"), script, *arguments),
+    ]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    if sys.platform == "linux":
+        variables["GLOO_SOCKET_IFNAME"] = "lo"
+    done = subprocess.run(
+        [str(part) for part in command], env=variables, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

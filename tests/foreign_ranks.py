@@ -25,7 +25,8 @@ def run(function: Callable[..., None], *inputs: Any) -> None:
     """``function(rank, *inputs)`` in processes that share a gloo group; what fails there fails here."""
     with tempfile.TemporaryDirectory() as directory:
         arguments = (function, f"file://{directory}/store", inputs)
-        torch.multiprocessing.start_processes(_rank, arguments, nprocs=RANKS, start_method="spawn")
+        # Not "spawn": a process of it ends with Python's own end, during which gloo's threads may abort it.
+        torch.multiprocessing.start_processes(_rank, arguments, nprocs=RANKS, start_method="forkserver")
 
 
 def _rank(rank: int, function: Callable[..., None], store: str, inputs: tuple[Any, ...]) -> None:

@@ -7,10 +7,7 @@ average gradients over ranks. What is compared with is the plain mean over the w
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_support import Pool
+from distributed_support import Pool, torchrun
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -615,14 +612,13 @@ def test_a_bad_count_is_named(count: Any, error: type[Exception], message: str):
 # Examples
 
 
+EXAMPLES = Path(__file__).resolve().parent.parent / "bench" / "examples"
+
+
 def losses_of(example: str, size: int) -> list[float]:
     """What it prints under torchrun."""
-    path = Path(__file__).resolve().parent.parent / "bench" / "examples" / f"{example}.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-    done = subprocess.run([*launcher, str(path)], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return [float(x) for x in re.findall(r"step \d+: ([\d.]+) nats a token", done.stdout)]
+    output = torchrun(EXAMPLES / f"{example}.py", size=size)
+    return [float(x) for x in re.findall(r"step \d+: ([\d.]+) nats a token", output)]
 
 
 @pytest.mark.slow

@@ -1,15 +1,13 @@
 """The examples with accelerate and Lightning: gradient accumulation is one large batch, cut into pieces."""
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from distributed_support import torchrun
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "bench" / "examples"
 pytestmark = pytest.mark.usefixtures("unpoisoned", "single_thread")
@@ -61,14 +59,9 @@ def test_accelerate_accumulates_the_gradient_of_one_large_batch(accelerate_examp
 
 @pytest.mark.slow
 def test_accelerate_over_two_processes_takes_the_same_steps(accelerate_example):
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *(EXAMPLES / "accelerate_distillation.py", "--accumulation", "4"),
-    ]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    losses = [float(x) for x in re.findall(r"^step \d+: (\S+) over", result.stdout, re.MULTILINE)]
+    script = EXAMPLES / "accelerate_distillation.py"
+    output = torchrun(script, "--accumulation", 4, size=2, ACCELERATE_USE_CPU="1")
+    losses = [float(x) for x in re.findall(r"^step \d+: (\S+) over", output, re.MULTILINE)]
     expected = one_large_batch(accelerate_example, 2 * 4 * accelerate_example.BATCH, epochs=4)
     assert losses == pytest.approx(expected, rel=1e-3, abs=2e-6)
 

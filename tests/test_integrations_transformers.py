@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from distributed_support import torchrun
 from torch import Tensor
 
 from pyalign import ContextDistillationCollator, distillation_loss, ranked_preference_loss
@@ -520,6 +518,7 @@ def test_wrong_options_of_a_ranking_are_named(tmp_path: Path) -> None:
 
 TWO_PROCESSES = """
 import gc
+import os
 import sys
 
 sys.path[:0] = sys.argv[1:2]
@@ -559,13 +558,7 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(TWO_PROCESSES)
     for world in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        result = subprocess.run(
-            [*command, str(script), str(Path(__file__).parent), str(tmp_path)],
-            env=environment, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr[-3000:]
+        torchrun(script, Path(__file__).parent, tmp_path, size=world)
     one, two = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
     for name, (losses, state) in one.items():
         assert two[name][0] == pytest.approx(losses, rel=2e-4), name

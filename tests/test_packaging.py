@@ -17,7 +17,7 @@ from pyalign._version import __version__
 ROOT = Path(__file__).resolve().parents[1]
 CXX = shutil.which("g++") or shutil.which("c++") or ""
 BUILD_EXT = (sys.executable, "setup.py", "build_ext")
-LEFT_OUT = (".git", ".venv", ".*cache", ".hyp*", "build", "dist", "results", "__pycache__", "*.egg-info")
+LEFT_OUT = (".git", ".venv", ".*cache", ".hyp*", "build", "dist", "runs", "quick", "__pycache__", "*.egg-info")
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tested on Linux")
 
