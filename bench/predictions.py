@@ -121,7 +121,7 @@ def distillation(
     needed = 3 * 2 * rows * vocab
     return Case(
         f"{divergence} loss + gradient, {rows} x {vocab}",
-        f"distill_clusters<bfloat16, {struct}>",
+        f"distill_clusters<bfloat16, bfloat16, {struct}>",
         loops,
         rows * vocab,
         needed,
@@ -178,7 +178,7 @@ def topk_loss(rows: int, vocab: int) -> Case:
     needed, fixed = 2 * 2 * rows * vocab + 50 * 12 * rows, shared_bytes("topk_distill") + vocab // 8
     return Case(
         f"top-k loss + gradient, k = 50, {rows} x {vocab}",
-        "topk_distill_rows<bfloat16>",
+        "topk_distill_rows<bfloat16, bfloat16>",
         ((0, 16), (2, 8)),
         rows * vocab,
         needed,
@@ -229,11 +229,11 @@ def linear_case(name: str, sides: int, products: int, hidden: int, vocab: int, t
         }
         return training(losses[name], x, weight)
 
-    # float32 logits: each projection writes them, the row kernels read them and write the gradient over one side's, and
-    # the gradient is read and written in 16 bits by tiles for its products; the weight's gradient in float32, per chunk
+    # float32 logits: each projection writes them, the row kernels read them and write the gradient in 16 bits, as its
+    # products read it; the weight's gradient in float32, per chunk
     matrix, head = 4 * tokens * vocab, 4 * vocab * hidden
     projections = products - 2
-    moved = (2 * projections + 1) * matrix + matrix + matrix // 2 + 2 * 2 * head
+    moved = 2 * projections * matrix + matrix // 2 + 2 * 2 * head
     needed = 2 * sides * hidden * (tokens + vocab) + 2 * hidden * (tokens + vocab)
     return Case(
         f"{name} forward + backward, {tokens} x {hidden} -> {vocab}",

@@ -1,7 +1,7 @@
 """Losses straight from hidden states: the chunk loop between the matrix products of torch and our row kernels.
 
     logits = softcap(hidden @ weight.T + bias)                    a chunk of rows at a time, in the workspace
-    a row loss writes d loss / d logits over them                 (pyalign._backends.engine)
+    a row loss writes d loss / d logits                           (pyalign._backends.engine)
     d hidden = gradient @ weight,  d weight += gradient.T @ hidden
 
 Products are torch's; nothing of size tokens x vocabulary is ever held. A product whose operands must be converted, or
@@ -11,6 +11,8 @@ whose sum is wider than they are, runs in tiles of the vocabulary that stay in t
   and what its rounding lost, ``a = x w`` and ``b = x w - a``, both rounded to 16 bits but summed in float32: 17 good
   bits, for a fifth of the time of a float32 product where bfloat16 has matrix instructions.
 - float16 on a CPU, and bfloat16 without such instructions: float32 products over converted tiles, faster there.
+- The row loss writes its gradient over the logits or, where products take 16 bits, in these: it is rounded once, and
+  not written in 32 bits to be read again.
 - The gradient of the weight is summed over chunks in float32 (float64), whatever the operands are.
 """
 
@@ -110,7 +112,8 @@ class RowLoss(Protocol):
     def run(
         self, logits: Tensor, tokens: Selection, buffers: Buffers, gradient: Tensor | None, want_loss: bool
     ) -> tuple[Tensor | None, ...]:
-        """Per-token results (n,) of logits (n, V); the gradient is written to ``gradient``, which may be the logits."""
+        """Per-token results (n,) of logits (n, V); the gradient is written to ``gradient``, which may be the logits, or
+        of 16 bits."""
         ...
 
 
@@ -272,7 +275,7 @@ def _widen(out: Tensor, a: Tensor, b: Tensor | None, add: bool) -> None:
 
 class Products:
     """The matrix products of one side. ``prefix`` names its part of the workspace; ``widen`` is the CPU engine's
-    where that runs."""
+    where that runs; ``rounds`` says whether the row loss may round its gradient to the products' 16 bits."""
 
     def __init__(
         self,
@@ -281,6 +284,7 @@ class Products:
         prefix: str,
         wanted: Wanted | None = None,
         widen: Widen | None = None,
+        rounds: bool = True,
     ) -> None:
         self.hidden, self.weight, self.bias, self.softcap = side
         self.prefix, self.wanted = prefix, wanted or Wanted(True, False, False, False)
@@ -292,11 +296,17 @@ class Products:
         self.widen = widen or _widen
         converts = self.weight.dtype != self.dtype
         narrow = self.dtype.itemsize == 2
-        tiled = converts or (narrow and not (self.wide and self.logits_dtype == self.dtype))
-        self.tile = max(min(_TILE.get(device.type, _GPU_TILE), self.vocab) if tiled else self.vocab, 1)
-        self.whole = not converts and self.logits_dtype == self.dtype  # only the weight's gradient is tiled, if any is
-        tiled = self.tile < self.vocab and not self.whole
-        self.hidden_dtype = self.sum_dtype if tiled else self.dtype  # of a chunk's gradient
+        self.mixed = self.logits_dtype != self.dtype
+        # The bias sums what isn't rounded, and the soft cap's derivative takes its logits' dtype.
+        rounds = rounds and self.mixed and self.wanted.gradient and self.softcap is None and not self.wanted.bias
+        self.gradient_dtype = self.dtype if rounds else self.logits_dtype
+        same = self.wide and self.gradient_dtype == self.dtype
+        tiles = converts or (narrow and not same)
+        self.tile = max(min(_TILE.get(device.type, _GPU_TILE), self.vocab) if tiles else self.vocab, 1)
+        # Only the weight's gradient is tiled, if any is.
+        self.whole = not converts and (same or not self.mixed)
+        summed = settings.group is not None or (self.tile < self.vocab and not self.whole)
+        self.hidden_dtype = self.sum_dtype if summed else self.dtype  # of a chunk's gradient
 
     def reserve(self, layout: Layout, gathers: bool) -> None:
         p, tile, width = self.prefix, self.tile, self.width
@@ -305,13 +315,13 @@ class Products:
         if self.weight.dtype != self.dtype:
             layout.add(p + "weight", width, self.dtype, rows=tile)
         layout.add(p + "logits", self.vocab, self.logits_dtype)
-        mixed = self.logits_dtype != self.dtype
-        if mixed:
+        converts = self.wanted.gradient and self.gradient_dtype != self.dtype
+        if converts or (self.mixed and not self.wide):
             layout.add(p + "tile", tile, self.dtype)
-            if not self.wide:
-                layout.add(p + "rest", tile, self.dtype)
-        if self.softcap is not None and self.wanted.gradient:
-            layout.add(p + "gradient", self.vocab, self.logits_dtype)
+        if self.mixed and not self.wide:
+            layout.add(p + "rest", tile, self.dtype)
+        if self._has_gradient_buffer():
+            layout.add(p + "gradient", self.vocab, self.gradient_dtype)
         narrow = not self.wide and self.dtype != self.sum_dtype
         if self.wanted.hidden:
             layout.add(p + "hidden_gradient", width, self.hidden_dtype)
@@ -352,12 +362,11 @@ class Products:
         count = rows.shape[0]
         logits = buffers.take(self.prefix + "logits", count, self.vocab)
         bias = None if self.bias is None else self.bias.to(self.logits_dtype)
-        same = self.logits_dtype == self.dtype
         for columns, weight in self._tiles(buffers, max(self.vocab, 1) if self.whole else self.tile):
             out = logits[:, columns]
-            if same and bias is not None:
+            if not self.mixed and bias is not None:
                 torch.addmm(bias[columns], rows, weight.t(), out=out)
-            elif same:
+            elif not self.mixed:
                 torch.mm(rows, weight.t(), out=out)
             elif self.wide:
                 _wide_product(rows, weight.t(), out, 0)
@@ -367,18 +376,20 @@ class Products:
                 torch.mm(rows, weight.t(), out=first)
                 rest.copy_(first).addmm_(rows, weight.t(), beta=-1)
                 self.widen(out, first, rest, False)
-        if bias is not None and not same:
+        if bias is not None and self.mixed:
             logits.add_(bias)
         if self.softcap is not None:
             for block in _blocks(logits):
                 block.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits
 
+    def _has_gradient_buffer(self) -> bool:
+        return self.wanted.gradient and (self.softcap is not None or self.gradient_dtype != self.logits_dtype)
+
     def gradient_buffer(self, logits: Tensor, buffers: Buffers) -> Tensor:
-        """Where a row loss writes d loss / d logits: over them, unless the softcap's derivative needs them."""
-        if self.softcap is None:
-            return logits
-        return buffers.take(self.prefix + "gradient", *logits.shape)
+        """Where a row loss writes d loss / d logits: over them, unless the softcap's derivative needs them, or it is
+        narrower."""
+        return buffers.take(self.prefix + "gradient", *logits.shape) if self._has_gradient_buffer() else logits
 
     def uncap(self, gradient: Tensor, logits: Tensor) -> None:
         """d softcap(x) / dx = 1 - (softcap(x) / c)^2; the logits are used up."""
@@ -398,7 +409,7 @@ class Products:
         if self.wanted.hidden:
             hidden_sum = buffers.take(self.prefix + "hidden_gradient", count, self.width)
             if self.whole:
-                self._add(gradient, self.weight, hidden_sum, True, buffers, "")
+                self._add(gradient, self.weight, hidden_sum, True, buffers, "hidden_product")
         if weight_sum is None and (hidden_sum is None or self.whole):
             return hidden_sum
         for columns, weight in self._tiles(buffers, self.tile):
@@ -482,15 +493,16 @@ def run(
     wanted: Wanted,
     result_dtypes: list[torch.dtype],
     widen: Widen | None = None,
+    rounds: bool = True,
 ) -> Outcome:
-    """Runs ``loss`` over the logits of ``head``, chunk by chunk, and sums up the gradients.
+    """Runs ``loss`` over the logits of ``head``, chunk by chunk, and sums up the gradients. ``rounds``: see Products.
 
     ``head.weight`` may be longer than its vocabulary ever gets: callers cut it, and fill up its gradient. Where it is
     a slice of a vocabulary that is split, the gradient of the hidden states is that of all slices.
     """
     device, count = head.hidden.device, head.hidden.shape[0]
     tokens = selection_of(counted, count, settings.num_valid, device)
-    products = Products(head, settings, "", wanted, widen)
+    products = Products(head, settings, "", wanted, widen, rounds)
     layout, gathers = Layout(), tokens.index is not None or tokens.mask is not None
     products.reserve(layout, gathers)
     loss.reserve(layout, gathers)

@@ -308,17 +308,9 @@ class _Cuda(OnCuda, _Engine):
         **wanted: Any,
     ) -> Results:
         """The kernels take one dtype: logits of two meet in float32."""
-        if student.dtype == teacher.dtype:
-            return super().distill(student, teacher, tokens, options, gradient=gradient, **wanted)
-        target = (
-            gradient
-            if gradient is None or gradient.dtype == torch.float32
-            else torch.empty_like(gradient, dtype=torch.float32, memory_format=torch.contiguous_format)
-        )
-        results = super().distill(student.float(), teacher.float(), tokens, options, gradient=target, **wanted)
-        if gradient is not None and target is not None and target is not gradient:
-            gradient.copy_(target)
-        return results
+        if student.dtype != teacher.dtype:
+            student, teacher = student.float(), teacher.float()
+        return super().distill(student, teacher, tokens, options, gradient=gradient, **wanted)
 
 
 @functools.cache

@@ -136,7 +136,7 @@ class _CrossEntropy(NamedTuple):
             logits, tokens.of(self.targets), self.ignore_index, self.label_smoothing, self.z_loss, self.softcap,
             None if per_token else self.factor, gradient,
         )  # fmt: skip
-        if per_token and gradient is not None:
+        if per_token and gradient is not None:  # not rounded yet
             gradient.mul_(tokens.of(self.factor)[:, None])
         return (loss,)
 
@@ -376,7 +376,9 @@ def _cross_entropy(arguments: tuple[Any, ...]) -> list[Tensor]:
     loss = _CrossEntropy(rows, targets, ignore_index, label_smoothing, z_loss, head.softcap, factor)
     dtype = accumulation_dtype(parsed.settings.logits_dtype)
     bare = head._replace(softcap=None)
-    outcome = _linear.run(bare, loss, counted, parsed.settings, parsed.wanted, [dtype], _widen(parsed.backend))
+    outcome = _linear.run(
+        bare, loss, counted, parsed.settings, parsed.wanted, [dtype], _widen(parsed.backend), rounds=factor.dim() == 0
+    )
     total = _reduce(outcome.results[0], reduction, denominator) if parsed.wanted.loss else None
     return _outputs(parsed, total, outcome, [], record)
 

@@ -449,7 +449,7 @@ def linear_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # 
     """:func:`distillation_loss` straight from hidden states: no logits of tokens x vocabulary are ever held.
 
     On both sides logits = softcap(hidden @ weight.T + bias) / T in this order, softcap(x) = c tanh(x / c). They exist
-    for a chunk of tokens at a time, in a workspace; our kernel writes the gradient over them, and products of torch
+    for a chunk of tokens at a time, in a workspace; our kernel writes the gradient there too, and products of torch
     turn it into the gradients of student_hidden, student_weight and student_bias. An operand that needs no gradient
     costs none. The teacher is a constant. Tokens that don't count cost nothing on a CPU; see ``num_valid`` for a GPU.
 

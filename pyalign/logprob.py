@@ -228,7 +228,7 @@ def linear_token_logprobs(  # pyright: ignore[reportInconsistentOverload]  # **o
         logprob = log q_target,    entropy = -sum q log q
 
     Logits exist for a chunk of tokens at a time. Both results take an upstream gradient per token, so backward computes
-    the chunk's logits again, writes the gradient over them, and multiplies it into those of hidden states and weight.
+    the chunk's logits again, writes the gradient, and multiplies it into those of hidden states and weight.
 
     Args:
         hidden: (..., H) float32, bfloat16, float16 or float64.

@@ -30,12 +30,13 @@ class Limit(NamedTuple):
 
 
 TYPES, DIVERGENCES = 3, 4
+GRADIENTS = TYPES + 2  # of logits and gradient: the same or, for float32 logits, one of 16 bits
 LIMITS = {
-    "distill_rows": Limit(TYPES * DIVERGENCES, threads=512, blocks=1),
-    "distill_clusters": Limit(TYPES * DIVERGENCES, threads=256, blocks=2),
+    "distill_rows": Limit(GRADIENTS * DIVERGENCES, threads=512, blocks=1),
+    "distill_clusters": Limit(GRADIENTS * DIVERGENCES, threads=256, blocks=2),
     "topk_rows": Limit(TYPES, threads=1024, blocks=1),
-    "topk_distill_rows": Limit(TYPES, threads=512, blocks=1),
-    "logprob_rows": Limit(2 * (TYPES + 2), threads=1024, blocks=1),  # float32 logits have all types of gradients
+    "topk_distill_rows": Limit(GRADIENTS, threads=512, blocks=1),
+    "logprob_rows": Limit(2 * GRADIENTS, threads=1024, blocks=1),
     "scale_rows": Limit(TYPES, threads=256, blocks=4),
     "pair_items": Limit(TYPES, threads=512, blocks=2, static_shared=320),
     "rank_pairs": Limit(2 * TYPES, threads=256, blocks=5, static_shared=320),

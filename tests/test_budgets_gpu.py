@@ -55,7 +55,7 @@ def made_with() -> dict[str, str]:
 
 @functools.cache
 def readable(symbol: str) -> str:
-    """Such as ``distill_rows<bfloat16, ForwardKL>``."""
+    """Such as ``distill_rows<bfloat16, bfloat16, ForwardKL>``."""
     name = subprocess.run(["c++filt", symbol], capture_output=True, text=True, check=True).stdout.strip()
     name = re.sub(r"^void |\(anonymous namespace\)::|pyalign::(cuda::|generic::)?|__nv_", "", name)
     name = re.sub(r"<float, true>", "", name.replace("__half", "float16").replace(" >", ">"))
@@ -208,7 +208,7 @@ def test_a_row_far_from_its_teacher_costs_so_many_instructions(
 ):
     """Per 8 pairs of bfloat16 in aligned rows without targets, over all passes. A pass is given by its loop, the pairs
     of a round, and a round's exponentials; the fold's are of both rows, and a rescaling each."""
-    entry = cuda_figures("90")[f"distill_clusters<bfloat16, {divergence}>"]
+    entry = cuda_figures("90")[f"distill_clusters<bfloat16, bfloat16, {divergence}>"]
     for name, (loop, _, exponentials) in passes.items():
         assert entry["exponentials"][loop] == exponentials, name
     assert sum(entry["hot loops"][loop] * 8 / pairs for loop, pairs, _ in passes.values()) <= most

@@ -170,8 +170,8 @@ def test_kernels_of_a_gpu_trace():
         return {"ph": "X", "cat": category, "name": name, "ts": at, "dur": 5.0, "args": {"stream": 7, **arguments}}
 
     ours = (
-        "void pyalign::cuda::(anonymous namespace)::distill_clusters<__nv_bfloat16, pyalign::v1::ForwardKL<float, true>"
-        " >(pyalign::cuda::DistillParams, int, int)"
+        "void pyalign::cuda::(anonymous namespace)::distill_clusters<__nv_bfloat16, __nv_bfloat16,"
+        " pyalign::v1::ForwardKL<float, true> >(pyalign::cuda::DistillParams, int, int)"
     )
     how = {"grid": [264, 1, 1], "block": [256, 1, 1], "shared memory": 101376, "registers per thread": 128}
     events = [
@@ -182,7 +182,7 @@ def test_kernels_of_a_gpu_trace():
     found = _explain.kernels(events)
     assert found == [
         {
-            "name": "distill_clusters<bfloat16, ForwardKL<float, true> >",
+            "name": "distill_clusters<bfloat16, bfloat16, ForwardKL<float, true> >",
             "grid": [264, 1, 1],
             "block": [256, 1, 1],
             "shared bytes": 101376,

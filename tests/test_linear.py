@@ -273,16 +273,71 @@ def test_on_a_gpu_a_teacher_row_out_of_range_gives_nan_for_its_token():
 
 @every_kind
 @pytest.mark.usefixtures("wide_products", "uncounted")
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
 def test_products_with_a_float32_result(
-    kind: str, dtype: torch.dtype, chunks_of: SetRows, monkeypatch: pytest.MonkeyPatch
+    kind: str, dtype: torch.dtype, bias: bool, chunks_of: SetRows, monkeypatch: pytest.MonkeyPatch
 ):
     """The arithmetic of a GPU, its products replaced by torch's on the CPU."""
     monkeypatch.setattr(_linear, "gemm_dtype", lambda own, settings, device: settings.gemm_dtype or own)
     monkeypatch.setattr(_linear, "_TILE", {"cpu": 16})
-    x, other = operands(dtype=dtype), teacher(dtype=dtype)
+    x, other = operands(dtype=dtype, bias=bias), teacher(dtype=dtype)
     chunks_of(8)
     assert_close(evaluate(kind, x, other), truth(kind, x, other), dtype)
+
+
+def gradients_of(
+    kind: str, x: Operands, other: Teacher, monkeypatch: pytest.MonkeyPatch, rounds: bool, **options: Any
+) -> tuple[list[Tensor], set[torch.dtype]]:
+    """Gradients, and what dtypes the row loss wrote them in; ``rounds`` False: not rounded there."""
+    run, buffer = _linear.run, _linear.Products.gradient_buffer
+    dtypes: set[torch.dtype] = set()
+
+    def written(self: _linear.Products, logits: Tensor, buffers: _linear.Buffers) -> Tensor:
+        to = buffer(self, logits, buffers)
+        dtypes.add(to.dtype)
+        return to
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_linear.Products, "gradient_buffer", written)
+        if not rounds:
+            patch.setattr(_linear, "run", lambda *given, **named: run(*given, **{**named, "rounds": False}))
+        return evaluate(kind, x, other, **options).gradients, dtypes
+
+
+@every_engine
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+def test_a_gradient_rounded_where_it_is_written_has_the_bits_of_one_rounded_later(
+    engine: Engine, kind: str, dtype: torch.dtype, chunks_of: SetRows, monkeypatch: pytest.MonkeyPatch
+):
+    """It is written once, in 16 bits, and not in 32 bits to be read and converted."""
+    monkeypatch.setattr(_linear, "gemm_dtype", lambda own, settings, device: settings.gemm_dtype or own)
+    x, other = pair(engine, dtype)
+    x = x._replace(bias=None)
+    chunks_of(8)
+    ours, written = gradients_of(kind, x, other, monkeypatch, rounds=True)
+    later, in_float32 = gradients_of(kind, x, other, monkeypatch, rounds=False)
+    assert (written, in_float32) == ({dtype}, {torch.float32})
+    for y, z in zip(ours, later, strict=True):
+        assert torch.equal(y, z)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bias", "options"),
+    [
+        ("cross_entropy", False, {"reduction": "none"}),
+        ("distill", False, {"student_softcap": 3.0}),
+        ("distill", True, {}),
+    ],
+    ids=["a factor per token", "the soft cap's derivative", "the sum for the bias"],
+)
+def test_a_gradient_that_something_else_uses_is_not_rounded_yet(
+    kind: str, bias: bool, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(_linear, "_has_bfloat16_products", lambda: True)
+    x, other = operands(dtype=torch.bfloat16, bias=bias), teacher(dtype=torch.bfloat16)
+    assert gradients_of(kind, x, other, monkeypatch, rounds=True, **options)[1] == {torch.float32}
 
 
 @every_kind

@@ -63,7 +63,7 @@ struct Tokens {
 
 // Outputs are in accumulation dtype, except for the gradient, and are skipped where null. Uncounted tokens get 0.
 struct Outputs {
-    Rows gradient;                // [count, width]; may be the student itself
+    Rows gradient;                // [count, width]; may be the student itself, or 16 bits for float32 logits
     int64_t width = 0;            // columns of a gradient row; those past the vocabulary are set to zero
     void* loss = nullptr;         // [1], or [count] for kNone
     void* row_loss = nullptr;     // [count] workspace for kSum and kMean

@@ -151,10 +151,15 @@ __device__ __forceinline__ T* row_pointer(const Rows& rows, int64_t r) {
     return static_cast<T*>(rows.data) + rows.start(r);
 }
 
-// How many elements past a 16-byte boundary.
+// How many elements past a boundary of kLanes<T> of them. Of T itself, that is one of 16 bytes.
+template <class T, class G>
+__device__ __forceinline__ int lead_of(const G* x) {
+    return int(reinterpret_cast<uintptr_t>(x) / sizeof(G) % kLanes<T>);
+}
+
 template <class T>
 __device__ __forceinline__ int misalignment(const T* x) {
-    return int(reinterpret_cast<uintptr_t>(x) / sizeof(T) % kLanes<T>);
+    return lead_of<T>(x);
 }
 
 // A row of `head` elements, `vectors` vectors, and the elements left over.
@@ -169,7 +174,7 @@ struct Split {
     }
 };
 
-// Vectors start where `lead`, the misalignment of the row that is written, says. Rows of other alignments (`together`
+// Vectors start where `lead`, the lead_of<T> the row that is written, says. Rows of other alignments (`together`
 // is false) are read one vector further on both sides.
 template <class T>
 __device__ __forceinline__ Split split_row(int size, int lead, bool together) {
@@ -524,6 +529,25 @@ void with_type(Dtype dtype, Body body) {
         body(__nv_bfloat16{});
     else
         body(__half{});
+}
+
+// Calls body(T{}, G{}) for the types of logits and of the gradient that is written for them: the same, or 16 bits for
+// float32 logits.
+template <class Body>
+void with_types(const Rows& logits, const Rows& gradient, const char* op, Body body) {
+    element_size(logits.dtype, op);
+    if (gradient.data) element_size(gradient.dtype, op);
+    with_type(logits.dtype, [&](auto type) {
+        using T = decltype(type);
+        if (!gradient.data || gradient.dtype == logits.dtype) return body(T{}, T{});
+        if constexpr (sizeof(T) == sizeof(float)) {
+            if (gradient.dtype == Dtype::kBFloat16) return body(T{}, __nv_bfloat16{});
+            return body(T{}, __half{});
+        } else {
+            throw std::invalid_argument(std::string(op) +
+                                        ": the gradient of 16-bit logits must have their dtype on a GPU");
+        }
+    });
 }
 
 }  // namespace pyalign::cuda

@@ -33,8 +33,9 @@ struct BlockPart {
     __device__ __forceinline__ int threads() const { return blockDim.x; }
 };
 
-// Grid: any number of blocks, each takes every gridDim.x-th row. `kept` vectors of both rows stay in shared memory.
-template <class T, class D>
+// Grid: any number of blocks, each takes every gridDim.x-th row. `kept` vectors of both rows stay in shared memory. T
+// is the logits' type, G the gradient's.
+template <class T, class G, class D>
 __global__ void __launch_bounds__(kMostThreads, 1) distill_rows(const DistillParams params, int kept) {
     extern __shared__ uint4 shared[];
     char* const fixed = reinterpret_cast<char*>(shared);
@@ -47,39 +48,38 @@ __global__ void __launch_bounds__(kMostThreads, 1) distill_rows(const DistillPar
     for (int64_t row = blockIdx.x; row < p.tokens.count; row += gridDim.x) {
         const TokenRow token = read_token(p, row);
         if (token.kind != Token::kCounted) {
-            write_lossless<T>(p, row, token.kind, threadIdx.x, blockDim.x);
+            write_lossless<G>(p, row, token.kind, threadIdx.x, blockDim.x);
             continue;
         }
         const T* const student = row_pointer<const T>(p.student, row);                 // [vocab]
         const T* const teacher = row_pointer<const T>(params.teacher, token.teacher);  // [vocab]
-        const T* const written = p.gradient.data ? row_pointer<const T>(p.gradient, row) : student;
+        const int lead = p.gradient.data ? lead_of<T>(row_pointer<const G>(p.gradient, row)) : lead_of<T>(student);
         const float target_logit = token.target < 0 ? 0.f : widen(student[token.target]);
-        BlockPart<T> part{{{student, teacher}, p.vocab, misalignment(written), edges, cache, kept}, team, note};
-        distill_row<T, D>(params, row, token, target_logit, part);
+        BlockPart<T> part{{{student, teacher}, p.vocab, lead, edges, cache, kept}, team, note};
+        distill_row<G, D>(params, row, token, target_logit, part);
     }
 }
 
-template <class T, class D>
+template <class T, class G, class D>
 void launch_rows(const DistillParams& params, cudaStream_t stream) {
     const LossParams& p = params.loss;
     const RowPlan plan =
         plan_rows(current_device(), 2, p.vocab, sizeof(T), {1, kMostThreads}, kFixedBytes, p.tokens.count);
-    check(launch({plan.blocks, plan.threads, plan.shared, stream}, distill_rows<T, D>, params, plan.kept),
+    check(launch({plan.blocks, plan.threads, plan.shared, stream}, distill_rows<T, G, D>, params, plan.kept),
           "distill_rows");
 }
 
 }  // namespace
 
 void distill(const DistillArgs& args, cudaStream_t stream) {
-    element_size(args.student.dtype, "distill");
     if (args.teacher.dtype != args.student.dtype)
         throw std::invalid_argument("distill: student and teacher logits must have one dtype on a GPU");
     const DistillParams params{prepare_loss(args.student, args.tokens, args.out, args.options, stream), args.teacher};
-    if (args.tokens.count > 0 && !distill_cluster(params, args.student.dtype, stream)) {
-        with_type(args.student.dtype, [&](auto type) {
-            using T = decltype(type);
-            with_divergence(args.options.divergence, params.loss.beta,
-                            [&](auto divergence) { launch_rows<T, decltype(divergence)>(params, stream); });
+    if (args.tokens.count > 0 && !distill_cluster(params, stream)) {
+        with_types(args.student, args.out.gradient, "distill", [&](auto logits, auto gradient) {
+            with_divergence(args.options.divergence, params.loss.beta, [&](auto divergence) {
+                launch_rows<decltype(logits), decltype(gradient), decltype(divergence)>(params, stream);
+            });
         });
     }
     reduce_loss(params.loss, args.out, stream);
@@ -102,7 +102,7 @@ std::string explain_distill(int64_t vocab, Dtype dtype, int index) {
 }
 
 #if !defined(PYALIGN_HAVE_SM90)
-bool distill_cluster(const DistillParams&, Dtype, cudaStream_t) { return false; }
+bool distill_cluster(const DistillParams&, cudaStream_t) { return false; }
 std::string explain_cluster(const Device&, int64_t, Dtype) { return {}; }
 #endif
 

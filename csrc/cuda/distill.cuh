@@ -70,8 +70,8 @@ __device__ __forceinline__ D make_divergence(const LossParams& p) {
 }
 
 // A row whose loss is above kFarLoss: its sums and its gradient; false, and no gradient, for any other.
-template <class T, class D, class Part>
-__device__ __forceinline__ bool closed_row(const LossParams& p, const Folded& folded, const D& divergence, T* gradient,
+template <class G, class D, class Part>
+__device__ __forceinline__ bool closed_row(const LossParams& p, const Folded& folded, const D& divergence, G* gradient,
                                            float slope_factor, bool has_target, const HardTerm& hard, Part& part,
                                            Sums<float>& sums) {
     if (!p.row_loss && !gradient) return true;
@@ -106,9 +106,9 @@ __device__ __forceinline__ bool closed_row(const LossParams& p, const Folded& fo
 }
 
 // Any row, by the divergence's own terms.
-template <class T, class D, class Part>
+template <class G, class D, class Part>
 __device__ __forceinline__ Sums<float> general_row(const LossParams& p, const Folded& folded, const D& divergence,
-                                                   T* gradient, float slope_factor, bool has_target,
+                                                   G* gradient, float slope_factor, bool has_target,
                                                    const HardTerm& hard, Part& part) {
     const Points points(folded, p.inverse_temperature);
     const auto write = [&](int element, auto& slopes, const auto& student) {
@@ -148,8 +148,8 @@ __device__ __forceinline__ Sums<float> general_row(const LossParams& p, const Fo
 
 // `part` is this block's part of the row: part.first(body) and part.again(body) call body(element, {student, teacher})
 // over its elements, part.merge(state, merger) joins the states of all threads that work on the row, and part.note is
-// memory of one thread's own for what is needed at the end.
-template <class T, class D, class Part>
+// memory of one thread's own for what is needed at the end. G is the gradient's type.
+template <class G, class D, class Part>
 __device__ __forceinline__ void distill_row(const DistillParams& params, int64_t row, const TokenRow& token,
                                             float target_logit, Part& part) {
     const LossParams& p = params.loss;
@@ -175,18 +175,18 @@ __device__ __forceinline__ void distill_row(const DistillParams& params, int64_t
     const HardTerm hard(p, token, folded.hard);
     if (p.wants_metrics()) write_metrics(p, row, folded, part);
 
-    T* const gradient = p.gradient.data ? row_pointer<T>(p.gradient, row) : nullptr;  // [width]
+    G* const gradient = p.gradient.data ? row_pointer<G>(p.gradient, row) : nullptr;  // [width]
     const float slope_factor = token.factor * p.slope_weight;
     Sums<float> sums;
-    const bool is_far = closed_row<T>(p, folded, divergence, gradient, slope_factor, has_target, hard, part, sums);
-    if (!is_far) sums = general_row<T>(p, folded, divergence, gradient, slope_factor, has_target, hard, part);
+    const bool is_far = closed_row(p, folded, divergence, gradient, slope_factor, has_target, hard, part, sums);
+    if (!is_far) sums = general_row(p, folded, divergence, gradient, slope_factor, has_target, hard, part);
     if (gradient) fill(gradient + p.vocab, p.width - p.vocab, 0.f, part.thread(), part.threads());
     if (p.row_loss && part.thread() == 0) write_row_loss(p, row, part.note->weight, sums.loss, part.note->hard);
 }
 
 // The Hopper kernel's part, in distill_sm90.cu: false if the device has no clusters that can hold such rows, and then
 // nothing was launched.
-bool distill_cluster(const DistillParams& params, Dtype dtype, cudaStream_t stream);
+bool distill_cluster(const DistillParams& params, cudaStream_t stream);
 std::string explain_cluster(const Device& device, int64_t vocab, Dtype dtype);  // empty: can't
 
 }  // namespace pyalign::cuda

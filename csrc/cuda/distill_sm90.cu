@@ -86,9 +86,8 @@ struct Slice {
 };
 
 template <class T>
-__device__ __forceinline__ Slice slice_row(const T* student, const T* teacher, const T* written, int vocab, int rank,
+__device__ __forceinline__ Slice slice_row(const T* student, const T* teacher, int lead, int vocab, int rank,
                                            int size) {
-    const int lead = misalignment(written);
     const bool together = misalignment(student) == lead && misalignment(teacher) == lead;
     const Split split = split_row<T>(vocab, lead, together);
     const int share = (split.vectors + size - 1) / size;
@@ -195,13 +194,13 @@ struct ClusterPart {
 
 // ---- Kernel ----
 
-template <class T>
-__device__ __forceinline__ const T* written_row(const LossParams& p, int64_t row, const T* student) {
-    return p.gradient.data ? row_pointer<const T>(p.gradient, row) : student;
+template <class T, class G>
+__device__ __forceinline__ int written_lead(const LossParams& p, int64_t row, const T* student) {
+    return p.gradient.data ? lead_of<T>(row_pointer<const G>(p.gradient, row)) : lead_of<T>(student);
 }
 
 // One thread of each block: reads the row's token and orders this block's slices of it.
-template <class T>
+template <class T, class G>
 __device__ __forceinline__ void request_row(const DistillParams& params, int64_t row, const ClusterTeam& team,
                                             uint4* stage, int capacity, Header* header, uint64_t* arrived) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -214,7 +213,7 @@ __device__ __forceinline__ void request_row(const DistillParams& params, int64_t
     }
     const T* const student = row_pointer<const T>(p.student, row);
     const T* const teacher = row_pointer<const T>(params.teacher, token.teacher);
-    const Slice slice = slice_row(student, teacher, written_row(p, row, student), p.vocab, team.rank, team.size);
+    const Slice slice = slice_row(student, teacher, written_lead<T, G>(p, row, student), p.vocab, team.rank, team.size);
     const T* const rows[2] = {student, teacher};
     uint32_t bytes[2];
 #pragma unroll
@@ -236,8 +235,8 @@ __device__ __forceinline__ void request_row(const DistillParams& params, int64_t
 #endif
 }
 
-// Grid: clusters of any size up to 16, of kThreads threads a block.
-template <class T, class D>
+// Grid: clusters of any size up to 16, of kThreads threads a block. T is the logits' type, G the gradient's.
+template <class T, class G, class D>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     distill_clusters(const DistillParams params, int stages, int capacity) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -252,8 +251,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 
     const auto request = [&](int64_t wanted, int stage) {
         if (wanted < count)
-            request_row<T>(params, wanted, team, vectors + stage * 2 * capacity, capacity, &shared->headers[stage],
-                           &shared->arrived[stage]);
+            request_row<T, G>(params, wanted, team, vectors + stage * 2 * capacity, capacity, &shared->headers[stage],
+                              &shared->arrived[stage]);
     };
     if (threadIdx.x == 0) {
         for (uint64_t& barrier : shared->arrived) barrier_init(&barrier, 1);
@@ -269,15 +268,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
         barrier_wait(&shared->arrived[stage], parity);
         const TokenRow token = shared->headers[stage].token;
         if (token.kind != Token::kCounted) {
-            write_lossless<T>(p, row, token.kind, team.rank * kThreads + int(threadIdx.x), team.size * kThreads);
+            write_lossless<G>(p, row, token.kind, team.rank * kThreads + int(threadIdx.x), team.size * kThreads);
         } else {
             const T* const student = row_pointer<const T>(p.student, row);                 // [vocab]
             const T* const teacher = row_pointer<const T>(params.teacher, token.teacher);  // [vocab]
             const Slice slice =
-                slice_row(student, teacher, written_row(p, row, student), p.vocab, team.rank, team.size);
+                slice_row(student, teacher, written_lead<T, G>(p, row, student), p.vocab, team.rank, team.size);
             ClusterPart<T> part{{student, teacher}, vectors + stage * 2 * capacity, capacity, slice, team,
                                 &shared->note};
-            distill_row<T, D>(params, row, token, shared->headers[stage].target_logit, part);
+            distill_row<G, D>(params, row, token, shared->headers[stage].target_logit, part);
         }
         __syncthreads();  // everybody is done with the stage
         if (threadIdx.x == 0) request(row + stages * clusters, stage);
@@ -353,19 +352,19 @@ ClusterPlan plan_clusters(const Device& device, Kernel kernel, int64_t vocab, in
     return place->second;
 }
 
-template <class T>
+template <class T, class G>
 Kernel kernel_for(Divergence divergence) {
-    return with_divergence(divergence, 0.5f, [](auto d) -> Kernel { return distill_clusters<T, decltype(d)>; });
+    return with_divergence(divergence, 0.5f, [](auto d) -> Kernel { return distill_clusters<T, G, decltype(d)>; });
 }
 
 }  // namespace
 
-bool distill_cluster(const DistillParams& params, Dtype dtype, cudaStream_t stream) {
+bool distill_cluster(const DistillParams& params, cudaStream_t stream) {
     const LossParams& p = params.loss;
     bool launched = false;
-    with_type(dtype, [&](auto type) {
-        using T = decltype(type);
-        const Kernel kernel = kernel_for<T>(p.divergence);
+    with_types(p.student, p.gradient, "distill", [&](auto logits, auto gradient) {
+        using T = decltype(logits);
+        const Kernel kernel = kernel_for<T, decltype(gradient)>(p.divergence);
         const ClusterPlan plan = plan_clusters(current_device(), kernel, p.vocab, sizeof(T));
         if (plan.cluster == 0) return;
         const int64_t clusters = plan.clusters < p.tokens.count ? plan.clusters : p.tokens.count;
@@ -381,7 +380,7 @@ std::string explain_cluster(const Device& device, int64_t vocab, Dtype dtype) {
     std::string text;
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
-        const ClusterPlan plan = plan_clusters(device, kernel_for<T>(Divergence::kForwardKL), vocab, sizeof(T));
+        const ClusterPlan plan = plan_clusters(device, kernel_for<T, T>(Divergence::kForwardKL), vocab, sizeof(T));
         if (plan.cluster == 0) return;
         text = "distill_clusters: a row pair held by a cluster of " + std::to_string(plan.cluster) + ", " +
                std::to_string(plan.stages) + (plan.stages == 1 ? " stage, " : " stages, ") +

@@ -137,8 +137,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) logprob_rows(const LogprobPar
         const int target = int(wanted);
         const T* const logits = row_pointer<const T>(a.logits, row);                      // [vocab]
         G* const gradient = a.gradient.data ? row_pointer<G>(a.gradient, row) : nullptr;  // [vocab]
-        const int lead =
-            gradient ? int(reinterpret_cast<uintptr_t>(gradient) / sizeof(G) % kLanes<T>) : misalignment(logits);
+        const int lead = gradient ? lead_of<T>(gradient) : lead_of<T>(logits);
         BlockRows<T, 1> rows({logits}, p.vocab, lead, edges, cache, kept);
 
         // Fold
@@ -222,21 +221,11 @@ void launch_rows(const LogprobArgs& args, cudaStream_t stream) {
 }  // namespace
 
 void logprob(const LogprobArgs& args, cudaStream_t stream) {
-    element_size(args.logits.dtype, "logprob");
     if (args.options.vocab < 1 || args.options.vocab > 0x7fff0000)
         throw std::invalid_argument("vocab: got " + std::to_string(args.options.vocab) + "; wanted 1 to 2^31 - 2^16");
     if (args.count == 0) return;
-    with_type(args.logits.dtype, [&](auto type) {
-        using T = decltype(type);
-        if (!args.gradient.data || args.gradient.dtype == args.logits.dtype) return launch_rows<T, T>(args, stream);
-        element_size(args.gradient.dtype, "logprob");
-        if constexpr (sizeof(T) == sizeof(float)) {
-            if (args.gradient.dtype == Dtype::kBFloat16) return launch_rows<T, __nv_bfloat16>(args, stream);
-            return launch_rows<T, __half>(args, stream);
-        } else {
-            throw std::invalid_argument("logprob: the gradient of 16-bit logits must have their dtype on a GPU");
-        }
-    });
+    with_types(args.logits, args.gradient, "logprob",
+               [&](auto logits, auto gradient) { launch_rows<decltype(logits), decltype(gradient)>(args, stream); });
 }
 
 }  // namespace pyalign::cuda

@@ -113,8 +113,9 @@ struct alignas(16) Shared {
 };
 static_assert(sizeof(Shared) == 2176);  // tests and bench/predictions.py read it here
 
-// Grid: any number of blocks, each takes every gridDim.x-th row. `kept` vectors of the row stay in shared memory.
-template <class T>
+// Grid: any number of blocks, each takes every gridDim.x-th row. `kept` vectors of the row stay in shared memory. T is
+// the logits' type, G the gradient's.
+template <class T, class G>
 __global__ void __launch_bounds__(kMostThreads, 1) topk_distill_rows(const TopKParams params, int kept) {
     extern __shared__ uint4 memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
@@ -130,13 +131,13 @@ __global__ void __launch_bounds__(kMostThreads, 1) topk_distill_rows(const TopKP
     for (int64_t row = blockIdx.x; row < p.tokens.count; row += gridDim.x) {
         const TokenRow token = read_token(p, row);
         if (token.kind != Token::kCounted) {
-            write_lossless<T>(p, row, token.kind, thread, threads);
+            write_lossless<G>(p, row, token.kind, thread, threads);
             continue;
         }
         const T* const student = row_pointer<const T>(p.student, row);                    // [vocab]
-        T* const gradient = p.gradient.data ? row_pointer<T>(p.gradient, row) : nullptr;  // [width]
-        const T* const written = gradient ? gradient : student;
-        BlockRows<T, 1> part({student}, p.vocab, misalignment(written), shared.edges, cache, kept);
+        G* const gradient = p.gradient.data ? row_pointer<G>(p.gradient, row) : nullptr;  // [width]
+        const int lead = gradient ? lead_of<T>(gradient) : lead_of<T>(student);
+        BlockRows<T, 1> part({student}, p.vocab, lead, shared.edges, cache, kept);
         const Bitmap bitmap{bits, part.split.head - Bitmap::kBefore};
         const Entries entries{params.teacher, token.teacher};
         const bool has_target = token.target >= 0;
@@ -175,7 +176,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) topk_distill_rows(const TopKP
             entries.each([&](int64_t, int64_t index) {
                 if (index >= 0 && index < p.vocab) bitmap.clear(int(index));
             });
-            write_lossless<T>(p, row, Token::kInvalid, thread, threads);
+            write_lossless<G>(p, row, Token::kInvalid, thread, threads);
             continue;
         }
         const States states = team.merge(States{rest.state(inverse_temperature), members.state(inverse_temperature),
@@ -292,7 +293,6 @@ __global__ void __launch_bounds__(kMostThreads, 1) topk_distill_rows(const TopKP
 }  // namespace
 
 void topk_distill(const TopKDistillArgs& args, cudaStream_t stream) {
-    element_size(args.student.dtype, "topk_distill");
     const TopKParams params{prepare_loss(args.student, args.tokens, args.out, args.options, stream), args.teacher,
                             args.tail};
     const Device& device = current_device();
@@ -302,11 +302,12 @@ void topk_distill(const TopKDistillArgs& args, cudaStream_t stream) {
                                     "; this GPU's shared memory marks " + "the entries of at most " +
                                     std::to_string((device.shared_per_block - int64_t(sizeof(Shared)) - 32) * 8));
     if (args.tokens.count > 0) {
-        with_type(args.student.dtype, [&](auto type) {
-            using T = decltype(type);
+        with_types(args.student, args.out.gradient, "topk_distill", [&](auto logits, auto gradient) {
+            using T = decltype(logits);
             const RowPlan plan = plan_rows(device, 1, args.options.vocab, sizeof(T), {64, kMostThreads}, size_t(fixed),
                                            args.tokens.count);
-            check(launch({plan.blocks, plan.threads, plan.shared, stream}, topk_distill_rows<T>, params, plan.kept),
+            check(launch({plan.blocks, plan.threads, plan.shared, stream}, topk_distill_rows<T, decltype(gradient)>,
+                         params, plan.kept),
                   "topk_distill_rows");
         });
     }
