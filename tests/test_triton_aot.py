@@ -88,16 +88,20 @@ def logits(dtype: str, width: int = 128256) -> Tensor:
     return torch.zeros(ROWS, width, dtype=DTYPES[dtype])
 
 
-def distill(divergence: str, dtype: str, vocab: int = 128256, width: int = 128256, full: bool = False) -> None:
+def distill(
+    divergence: str, dtype: str, vocab: int = 128256, width: int = 128256, full: bool = False, out: str = ""
+) -> None:
+    """``out``: the gradient's dtype, if not that of the logits, which it then overwrites."""
     from pyalign.kernels import distill as engine
 
     x = logits(dtype, width)
     options = Options(vocab, divergence, temperature=2.0, hard_weight=0.5) if full else Options(vocab, divergence)
     tokens = all_tokens() if full else plain_tokens()
-    engine.distill(x, x, tokens, options, gradient=x, want_loss=True, want_metrics=full)
+    gradient = logits(out, width) if out else x
+    engine.distill(x, x, tokens, options, gradient=gradient, want_loss=True, want_metrics=full)
 
 
-def topk_distill(divergence: str, tail: str, dtype: str, k: int = 50, full: bool = False) -> None:
+def topk_distill(divergence: str, tail: str, dtype: str, k: int = 50, full: bool = False, out: str = "") -> None:
     from pyalign.kernels import distill as engine
 
     x = logits(dtype)
@@ -112,7 +116,7 @@ def topk_distill(divergence: str, tail: str, dtype: str, k: int = 50, full: bool
         tail,
         all_tokens() if full else plain_tokens(),
         options,
-        gradient=x,
+        gradient=logits(out) if out else x,
         want_loss=True,
         want_metrics=full,
     )
@@ -273,11 +277,13 @@ def cases(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     for divergence in DIVERGENCES:
         yield f"distill {divergence}", lambda d=divergence: distill(d, "bfloat16")
     yield "distill float32", lambda: distill("forward_kl", "float32")
+    yield "distill narrowed", lambda: distill("forward_kl", "float32", out="bfloat16")
     yield "distill full", lambda: distill("jsd", "bfloat16", full=True)
     yield "distill padded", lambda: distill("reverse_kl", "bfloat16", 50257, 50304)
     yield "distill odd", lambda: distill("forward_kl", "bfloat16", 50257, 50257)
     for tail in TAILS:
         yield f"topk_distill {tail}", lambda t=tail: topk_distill("forward_kl", t, "bfloat16")
+    yield "topk_distill narrowed", lambda: topk_distill("forward_kl", "bucket", "float32", out="bfloat16")
     yield "topk_distill full", lambda: topk_distill("jsd", "bucket", "bfloat16", full=True)
     for stage in ("fold", "sum", "map"):
         yield f"distill {stage}", lambda s=stage: slice_stage(s, "jsd", "bfloat16")

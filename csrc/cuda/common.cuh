@@ -174,7 +174,7 @@ struct Split {
     }
 };
 
-// Vectors start where `lead`, the lead_of<T> the row that is written, says. Rows of other alignments (`together`
+// Vectors start where `lead`, the lead_of<T> of the row that is written, says. Rows of other alignments (`together`
 // is false) are read one vector further on both sides.
 template <class T>
 __device__ __forceinline__ Split split_row(int size, int lead, bool together) {
