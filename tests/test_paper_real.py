@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,12 @@ def test_texts_of_the_last_words_are_whole_paragraphs():
 # Experiments
 
 
+def without_interval(text: str) -> list[str]:
+    """The cells of a report's tables that are a bare number."""
+    cells = [cell.strip() for line in text.splitlines() if line.startswith("|") for cell in line.split("|")]
+    return [cell for cell in cells if re.fullmatch(r"[+-]?\d*\.\d+|[+-]\d+", cell)]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_the_tax_of_a_tiny_model(preset: Preset, tmp_path: Path):
@@ -169,7 +176,9 @@ def test_the_tax_of_a_tiny_model(preset: Preset, tmp_path: Path):
     assert by_label["HumanEval's harness"] == {"problems": 1, "canonical": [1.0], "broken": [0.0]}
     section = experiment.section(results, tmp_path / "report")
     assert (tmp_path / "report" / "tax.png").stat().st_size > 1000
-    assert "of 1 problems the canonical solution passes in 1, one that returns None in 0" in section.text
+    assert "passes canonical solutions in 1.0000 (0.2065 to 1.0000, n = 1) of the problems" in section.text
+    assert re.search(r"nats a token, over \d+ tokens of \d+ texts\)", section.text)
+    assert without_interval(section.text) == []
     assert "| harmless |" in section.text
     assert "tiny" in section.claims[0].size
     assert str(preset.model.parent) not in section.text
@@ -191,7 +200,8 @@ def test_a_preference_model_on_a_tiny_model(preset: Preset, tmp_path: Path):
     assert answers[0]["rejected"] == answers[1]["rejected"]  # the same head
     section = experiment.section(results, tmp_path / "report")
     assert {"preference_calibration.png", "preference_curve.png"} <= {x.name for x in (tmp_path / "report").iterdir()}
-    assert "| rejected | +0 |" in section.text
+    assert "| rejected | +0 (+0 to +0, n = 2) | +0 (+0 to +0, n = 2) |" in section.text
+    assert without_interval(section.text) == []
     assert "12 pairs of pairs.jsonl, read by tiny" in section.text
     assert str(preset.pairs.parent) not in section.text
 

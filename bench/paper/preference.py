@@ -22,11 +22,13 @@ from bench.paper import real
 from bench.paper.experiment import Preset
 from bench.paper.report import COLOURS, Claim, Section, figure, save, table
 from bench.paper.runs import Store, Unit
+from bench.paper.statistics import mean_interval
 from pyalign import bradley_terry, pairwise_preference_loss, preference_metrics
 from pyalign.evaluation import Question, evaluate_multiple_choice, mean_estimate, plot_calibration
 
 REVISION = 1
 ELO = 400 / math.log(10)  # of one unit of score: 173.718
+BOOTSTRAP = 500
 POOLINGS = ("last", "mean")
 RIDGES = (0.03, 0.1, 0.3, 1.0)
 DEPTHS = (1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0)  # of the layers whose outputs heads may read
@@ -240,16 +242,20 @@ def _section(title: str, results: Sequence[tuple[Unit, dict[str, Any]]], directo
         [f"{name}, no training", mean_estimate(language[name], proportion=True), 1]
         for name in (*LANGUAGE, "longest", "shortest")
     ]
-    evaluations: dict[Any, Any] = {}
+    first: dict[str, Any] = {}  # of seed 0
+    calibration: list[list[Any]] = []
     for pooling in POOLINGS:
-        chosen, rejected = torch.tensor(heads[0][pooling], dtype=torch.float64).unbind(1)
-        evaluations[f"{pooling}, seed 0"] = preference_metrics(chosen.contiguous(), rejected.contiguous())
+        scores = torch.tensor([result[pooling] for result in heads], dtype=torch.float64)  # (seeds, N, 2)
+        found = [preference_metrics(*(side.contiguous() for side in x.unbind(1))) for x in scores]
+        first[f"{pooling}, seed 0"] = found[0]
+        gaps = scores[..., 0] - scores[..., 1]
+        losses, squares = -torch.nn.functional.logsigmoid(gaps).mean(0), torch.sigmoid(-gaps).square().mean(0)
+        calibration.append(
+            [pooling, *(mean_estimate(x.tolist(), proportion=False) for x in (losses, squares)),
+             mean_interval([float(x.ece) for x in found])]
+        )  # fmt: skip
     directory.mkdir(parents=True, exist_ok=True)
-    plot_calibration(evaluations, directory / "preference_calibration.png", title="held-out pairs")
-    calibration = [
-        [name, f"{float(x.accuracy):.3f}", f"{float(x.log_loss):.3f}", f"{float(x.brier):.3f}", f"{float(x.ece):.3f}"]
-        for name, x in evaluations.items()
-    ]
+    plot_calibration(first, directory / "preference_calibration.png", title="held-out pairs")
     sizes = sorted(int(size) for size in heads[0]["curve"])
     curve = {size: [result["curve"][str(size)] for result in heads] for size in sizes}
     whole = round(config["count"] * (1 - 1 / by_job["heads"][0][0]["folds"]))
@@ -275,7 +281,9 @@ pair's figure is its mean over seeds, and intervals (95 %, Wilson) are over pair
 
 {table(["who chooses", "accuracy", "seeds"], rows)}
 
-{table(["head", "accuracy", "log-loss", "Brier score", "calibration error"], calibration)}
+Calibration (the interval of its error is a t interval over seeds):
+
+{table(["head", "log-loss", "Brier score", "calibration error"], calibration)}
 
 ![calibration](preference_calibration.png)
 
@@ -305,18 +313,30 @@ def _elo(answers: Sequence[tuple[Any, dict[str, Any]]]) -> str:
     scores |= {f"{writer} model": found[writer]["own"] for writer in WRITERS}
     names = list(scores)
     values = torch.tensor([scores[name] for name in names], dtype=torch.float64)  # (players, dialogues)
-    ordered = [(i, j) for i in range(len(names)) for j in range(len(names)) if i != j]
-    winners, losers = (torch.tensor(side).repeat_interleave(values.shape[1]) for side in zip(*ordered, strict=True))
-    weight = torch.cat([torch.sigmoid(values[i] - values[j]) for i, j in ordered])
-    result = bradley_terry(winners, losers, num_players=len(names), weight=weight)
-    rows = []
+    count = values.shape[1]
+    random = torch.Generator().manual_seed(0)
+    again = torch.randint(count, (BOOTSTRAP, count), generator=random)
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    drawn = torch.stack([_ratings(values[:, index]) for index in again]).quantile(ends, 0)  # (2, players)
+    ratings, rows = _ratings(values), []
     for i, name in enumerate(names):
         gap = mean_estimate((ELO * (values[i] - values[1])).tolist(), proportion=False)
-        rating = ELO * float(result.strengths[i] - result.strengths[1])
-        rows.append([name, f"{rating:+.0f}", f"{gap.value:+.0f} ({gap.lower:+.0f} to {gap.upper:+.0f})"])
-    count = values.shape[1]
+        shown = (float(ratings[i]), *drawn[:, i].tolist()), (gap.value, gap.lower, gap.upper)
+        rows.append([name, *(f"{x:+.0f} ({low:+.0f} to {high:+.0f}, n = {count})" for x, low, high in shown)])
     return f"""Elo differences to the rejected responses in {count} dialogues of one fold, by a head of the others: of
-Bradley-Terry ratings fitted to its win probabilities, and of scores (one unit is {ELO:.1f}; 95 %, over dialogues). The
-model's own answers have {answers[0][0]["tokens"]} tokens at most. These are the head's opinions, and no person's.
+Bradley-Terry ratings fitted to its win probabilities (bootstrap over dialogues), and of scores (one unit is {ELO:.1f});
+95 %. The model's own answers have {answers[0][0]["tokens"]} tokens at most. These are the head's opinions, and no
+person's.
 
 {table(["response", "Elo, Bradley-Terry", "Elo, mean of scores"], rows)}"""
+
+
+def _ratings(values: Tensor) -> Tensor:
+    """(players,) Elo of scores (players, dialogues), player 1 at 0: of the probabilities with which they beat each
+    other, summed over dialogues."""
+    players = range(len(values))
+    ordered = [(i, j) for i in players for j in players if i != j]
+    winners, losers = (torch.tensor(side) for side in zip(*ordered, strict=True))
+    weight = torch.sigmoid(values[winners] - values[losers]).sum(1)
+    strengths = bradley_terry(winners, losers, num_players=len(values), weight=weight).strengths
+    return (ELO * (strengths - strengths[1])).double()

