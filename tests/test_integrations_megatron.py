@@ -73,7 +73,7 @@ def test_a_student_peaked_on_the_entries_keeps_its_gradient():
 
 
 @pytest.mark.slow
-def test_the_ranks_of_a_split_vocabulary_add_up_to_the_whole():
+def test_the_ranks_of_a_split_vocabulary_add_up_to_the_whole(pool):
     student, mask = numbers(S, B, V + 1, seed=4, scale=1.5), (numbers(B, S, seed=5) > -0.5).double()
     logprobs, ids = stored(S, B, vocab=V + 1, k=K)
     expected = {}
@@ -82,7 +82,7 @@ def test_the_ranks_of_a_split_vocabulary_add_up_to_the_whole():
         loss = (theirs(leaf, logprobs, ids, ghost) * mask).sum()
         loss.backward()
         expected[ghost] = loss.detach(), leaf.grad
-    foreign_ranks.run(foreign_ranks.megatron, student, logprobs, ids, mask, expected)
+    pool(foreign_ranks.RANKS).run(foreign_ranks.megatron, student, logprobs, ids, mask, expected)
 
 
 def test_the_logits_are_left_alone():

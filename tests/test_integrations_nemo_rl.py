@@ -184,13 +184,13 @@ def test_distillation_is_its_formula(cfg):
 
 
 @pytest.mark.slow
-def test_distillation_over_a_split_vocabulary():
+def test_distillation_over_a_split_vocabulary(pool):
     cfg = distill_config("mixed")
     student = numbers(2 * P, S, V + 1, seed=6).requires_grad_()
     loss = their_distillation(student, cfg)
     loss.backward()
     inputs = student.detach(), DISTILL, GLOBAL_TOKENS, vars(cfg), loss.detach(), student.grad
-    foreign_ranks.run(foreign_ranks.nemo_rl, *inputs)
+    pool(foreign_ranks.RANKS).run(foreign_ranks.nemo_rl, *inputs)
 
 
 def test_distillation_metrics():

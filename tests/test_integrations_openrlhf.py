@@ -110,10 +110,10 @@ def test_kto_returns_rewards_and_the_kl():
 
 
 @pytest.mark.slow
-def test_kto_averages_its_kl_over_processes():
+def test_kto_averages_its_kl_over_processes(pool):
     sides = [numbers(8, seed=i) for i in range(11, 17)]
     sides[2] = sides[2] + 2.0  # or the estimate is clamped
-    foreign_ranks.run(foreign_ranks.kto, sides, (sides[2] - sides[5]).mean())
+    pool(foreign_ranks.RANKS).run(foreign_ranks.kto, sides, (sides[2] - sides[5]).mean())
 
 
 def test_kto_refuses_processes_that_are_not_there():
