@@ -340,6 +340,18 @@ def test_a_gradient_that_something_else_uses_is_not_rounded_yet(
     assert gradients_of(kind, x, other, monkeypatch, rounds=True, **options)[1] == {torch.float32}
 
 
+@pytest.mark.usefixtures("wide_products")
+@pytest.mark.parametrize(("group", "dtype"), [(None, torch.bfloat16), ("0", torch.float32)])
+def test_gradients_of_hidden_states_from_slices_of_a_vocabulary_are_added_unrounded(
+    group: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(_linear, "_has_bfloat16_products", lambda: True)
+    x = operands(dtype=torch.bfloat16, bias=False)
+    settings = _linear.Settings(None, None, None, torch.float32, group)
+    products = _linear.Products(_linear.Projection(*x, None), settings, "", _linear.Wanted(True, True, True, False))
+    assert products.hidden_dtype == dtype
+
+
 @every_kind
 @pytest.mark.parametrize("fast", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("tile", [16, 4096])
