@@ -465,9 +465,9 @@ def linear_distillation_loss(  # pyright: ignore[reportInconsistentOverload]  # 
             vocab_size, num_items, reduction, targets, hard_weight, return_metrics: as in :func:`distillation_loss`;
             the hard term sees the capped logits.
         logits_dtype: of the chunks. None: float32 (float64 for float64), also from 16-bit operands, whose products are
-            kept unrounded. A 16-bit dtype, that of the products, more than halves the workspace and saves time, but near
-            convergence the rounding of the logits is larger than the difference that is learned from: at a KL of 3e-4
-            bfloat16 logits put the gradients off by 40 %, float32 logits by 0.2 %.
+            kept unrounded. A 16-bit dtype, that of the products, more than halves the workspace and saves time, but
+            near convergence the rounding of the logits is larger than the difference that is learned from: at a KL of
+            3e-4 bfloat16 logits put the gradients off by 40 %, float32 logits by 0.2 %.
         workspace_bytes: what the chunks' buffers take at most. None: up to 512 tokens at a time on a CPU, 4096 on a
             GPU, fewer where that is over a quarter of the available memory; 64 (512) at least, or the products would
             be slow. What the products take for themselves (the vendor library's own buffers) comes on top.
