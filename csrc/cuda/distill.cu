@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) distill_rows(const DistillPar
         }
         const T* const student = row_pointer<const T>(p.student, row);                 // [vocab]
         const T* const teacher = row_pointer<const T>(params.teacher, token.teacher);  // [vocab]
-        const int lead = p.gradient.data ? lead_of<T>(row_pointer<const G>(p.gradient, row)) : lead_of<T>(student);
+        const int lead = written_lead<T, G>(p, row, student);
         const float target_logit = token.target < 0 ? 0.f : widen(student[token.target]);
         BlockPart<T> part{{{student, teacher}, p.vocab, lead, edges, cache, kept}, team, note};
         distill_row<G, D>(params, row, token, target_logit, part);

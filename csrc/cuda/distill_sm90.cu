@@ -194,11 +194,6 @@ struct ClusterPart {
 
 // ---- Kernel ----
 
-template <class T, class G>
-__device__ __forceinline__ int written_lead(const LossParams& p, int64_t row, const T* student) {
-    return p.gradient.data ? lead_of<T>(row_pointer<const G>(p.gradient, row)) : lead_of<T>(student);
-}
-
 // One thread of each block: reads the row's token and orders this block's slices of it.
 template <class T, class G>
 __device__ __forceinline__ void request_row(const DistillParams& params, int64_t row, const ClusterTeam& team,

@@ -34,6 +34,12 @@ LossParams prepare_loss(const Rows& student, const Tokens& tokens, const Outputs
 // Reduces the rows' losses into out.loss, for sum and mean.
 void reduce_loss(const LossParams& params, const Outputs& out, cudaStream_t stream);
 
+// The lead_of<T> of the row that is written, or of the one that is read where none is. G is the gradient's type.
+template <class T, class G>
+__device__ __forceinline__ int written_lead(const LossParams& p, int64_t row, const T* student) {
+    return p.gradient.data ? lead_of<T>(row_pointer<const G>(p.gradient, row)) : lead_of<T>(student);
+}
+
 // ---- One token ----
 
 enum class Token : int { kUncounted, kCounted, kInvalid };
