@@ -131,7 +131,8 @@ constexpr F kFarLoss = F(0.0625);
 
 // Each divergence D(p, q) = sum f(p, q) has
 //   term   its summand in the non-negative form, and the row's aux (masses of p and q must each sum to 1);
-//   slope  dD/d(logit / T) of an entry, given the row's Sums;
+//   slope  dD/d(logit / T) of an entry, given the row's Sums. Where it needs them it is q (g - sum q g), and an engine
+//          that can keep a number per entry may take `pull`, which is g up to a constant, before it has the Sums;
 //   plain  f(p, q) itself, and flow, q df/dq: for partial sums over some of the categories, whose gradient is
 //          flow_i - q_i sum_j flow_j.
 // kMapNeedsSums says whether `slope` reads the Sums; `far` is the form without series, see kFarLoss.
@@ -155,7 +156,9 @@ struct ReverseKL {
     PYALIGN_HD Far far() const { return {}; }
     static constexpr bool kMapNeedsSums = true;
     PYALIGN_HD Sums<F> term(Point<F> x) const { return {kl_term<kNear>(x.q, x.p, -x.d), F(0)}; }
-    PYALIGN_HD F slope(Point<F> x, Sums<F> row) const { return weigh(x.q, x.d) - x.q * row.loss; }
+    PYALIGN_HD F pull(Point<F> x) const { return x.d; }
+    PYALIGN_HD F slope(F q, F pull, Sums<F> row) const { return weigh(q, pull) - q * row.loss; }
+    PYALIGN_HD F slope(Point<F> x, Sums<F> row) const { return slope(x.q, pull(x), row); }
     PYALIGN_HD F plain(Point<F> x) const { return weigh(x.q, x.d); }
     PYALIGN_HD F flow(Point<F> x) const { return weigh(x.q, x.d + F(1)); }
 };
@@ -247,9 +250,9 @@ struct JensenShannon {
         const F near = series.loss(x, mix.m_over_p, mix.m_over_q);
         return {in_series(x.d) ? near : far, student};
     }
-    PYALIGN_HD F slope(Point<F> x, Sums<F> row) const {
-        return (beta - F(1)) * (weigh(x.q, mixture(x).m_over_q) + x.q * row.aux);
-    }
+    PYALIGN_HD F pull(Point<F> x) const { return mixture(x).m_over_q; }
+    PYALIGN_HD F slope(F q, F pull, Sums<F> row) const { return (beta - F(1)) * (weigh(q, pull) + q * row.aux); }
+    PYALIGN_HD F slope(Point<F> x, Sums<F> row) const { return slope(x.q, pull(x), row); }
     PYALIGN_HD F plain(Point<F> x) const {
         const Mixture mix = mixture(x);
         return -beta * weigh(x.p, mix.m_over_p) - (F(1) - beta) * weigh(x.q, mix.m_over_q);
@@ -267,12 +270,14 @@ struct TotalVariation {
         const F gap = probability_gap<kNear>(x);
         return F(0.5) * (gap < F(0) ? -gap : gap);
     }
-    PYALIGN_HD F flow(Point<F> x) const {
+    PYALIGN_HD F pull(Point<F> x) const {
         const F gap = probability_gap<kNear>(x);
-        return gap > F(0) ? F(0.5) * x.q : gap < F(0) ? F(-0.5) * x.q : F(0) * gap;
+        return gap > F(0) ? F(0.5) : gap < F(0) ? F(-0.5) : F(0) * gap;
     }
+    PYALIGN_HD F flow(Point<F> x) const { return x.q * pull(x); }
     PYALIGN_HD Sums<F> term(Point<F> x) const { return {plain(x), flow(x)}; }
-    PYALIGN_HD F slope(Point<F> x, Sums<F> row) const { return flow(x) - x.q * row.aux; }
+    PYALIGN_HD F slope(F q, F pull, Sums<F> row) const { return q * pull - q * row.aux; }
+    PYALIGN_HD F slope(Point<F> x, Sums<F> row) const { return slope(x.q, pull(x), row); }
 };
 
 // body(the divergence of this kind): the one place where a kind becomes a type. The host calls it with lambdas of its

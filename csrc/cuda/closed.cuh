@@ -114,8 +114,10 @@ struct Exponents {
 // Each divergence has
 //   kSums       whether its sums need the normalisers; else `loss` is known from the fold;
 //   worthwhile  (kSums) whether KL(p || q) promises a loss above kFarLoss: a guess, as the sums will show;
-//   add         (kSums) the entry into the thread's sums; finish() makes the row's Sums of those of all threads;
-//   slope       factor times the derivative by the entry's student logit, after settle(the row's Sums, factor).
+//   add         (kSums) the entry into the thread's sums; finish() makes the row's Sums of those of all threads. It
+//               returns the entry's pull (csrc/common/distill.h), which a thread may keep;
+//   slope       factor times the derivative by the entry's student logit, after settle(the row's Sums, factor);
+//               slope_by (kSums) is the same from the student's logit and the pull.
 template <class D>
 struct Closed;
 
@@ -156,33 +158,40 @@ template <>
 struct Closed<TotalVariation<float>> {
     static constexpr bool kSums = true;
     Exponents at;
-    float above, equal, below;  // of the student's exponential, as q - p is
+    float by, constant;
 
     __device__ __forceinline__ Closed(const Folded& row, float inverse_temperature, TotalVariation<float>)
         : at(row, inverse_temperature) {}
     __device__ __forceinline__ static bool worthwhile(float kl) { return !(kl < 0.01f); }
-    __device__ __forceinline__ void add(Sums<float>& sums, float s, float t) const {
-        const float q = at.student(s), gap = __fmaf_rn(at.a, q, -(at.b * at.teacher(t)));
+    __device__ __forceinline__ float gap(float q, float t) const {  // q - p
+        return __fmaf_rn(at.a, q, -(at.b * at.teacher(t)));
+    }
+    __device__ __forceinline__ static float pull(float gap) { return gap > 0.f ? 0.5f : gap < 0.f ? -0.5f : 0.f; }
+    __device__ __forceinline__ float add(Sums<float>& sums, float s, float t) const {
+        const float q = at.student(s), gap = this->gap(q, t), pull = this->pull(gap);
         sums.loss += fabsf(gap);
-        if (gap > 0.f) sums.aux += q;
-        if (gap < 0.f) sums.aux -= q;
+        sums.aux = __fmaf_rn(q, pull, sums.aux);
+        return pull;
     }
     __device__ __forceinline__ Sums<float> finish(Sums<float> sums) const {
-        return {0.5f * sums.loss, 0.5f * at.a * sums.aux};
+        return {0.5f * sums.loss, at.a * sums.aux};
     }
     __device__ __forceinline__ void settle(Sums<float> row, float factor) {
-        const float by = factor * at.a;
-        above = by * (0.5f - row.aux), equal = -by * row.aux, below = by * (-0.5f - row.aux);
+        by = factor * at.a, constant = -by * row.aux;
     }
     __device__ __forceinline__ float slope(float s, float t) const {
-        const float q = at.student(s), gap = __fmaf_rn(at.a, q, -(at.b * at.teacher(t)));
-        return q * (gap > 0.f ? above : gap < 0.f ? below : equal);
+        const float q = at.student(s);
+        return q * __fmaf_rn(pull(gap(q, t)), by, constant);
+    }
+    __device__ __forceinline__ float slope_by(float s, float pull) const {
+        return at.student(s) * __fmaf_rn(pull, by, constant);
     }
 };
 
 // In units of a 2^x and with e = y - x, m is (1 - beta) 2^x + of_teacher 2^y. Taken from the larger of the two, as
 // 2^max(x, y) w with w = of_larger + of_smaller 2^-|e|, its logarithm is one of a number near 1, exact to 2^-22, where
-// that of m itself would carry the rounding of log m. Each pass takes three values of the hardware's.
+// that of m itself would carry the rounding of log m. Each pass takes three values of the hardware's, but one by the
+// pull, log2 m/q.
 template <>
 struct Closed<JensenShannon<float>> {
     static constexpr bool kSums = true;
@@ -196,14 +205,16 @@ struct Closed<JensenShannon<float>> {
         of_teacher = beta * exp2_fast(at.log2_ratio);
     }
     __device__ __forceinline__ static bool worthwhile(float kl) { return kl > 0.25f; }
-    __device__ __forceinline__ void add(Sums<float>& sums, float s, float t) const {
+    __device__ __forceinline__ float add(Sums<float>& sums, float s, float t) const {
         const float x = at.student.exponent(s), y = at.teacher.exponent(t), e = y - x;
         const float larger = exp2_fast(fmaxf(x, y)), smaller = exp2_fast(-fabsf(e));  // beside the larger
         const bool teacher_larger = e > 0.f;
         const float of_smaller = (teacher_larger ? of_student : of_teacher) * smaller;
         const float w = (teacher_larger ? of_teacher : of_student) + of_smaller, log2_w = log2_fast(w);
         sums.loss += larger * __fmaf_rn(w, log2_w, of_smaller * fabsf(e));
-        sums.aux += larger * ((teacher_larger ? smaller : 1.f) * (log2_w + fmaxf(e, 0.f)));  // 2^x log2 m/q
+        const float pull = log2_w + fmaxf(e, 0.f);
+        sums.aux += larger * ((teacher_larger ? smaller : 1.f) * pull);
+        return pull;
     }
     __device__ __forceinline__ Sums<float> finish(Sums<float> sums) const {
         return {Exponential::kLn2 * (beta * at.log2_ratio - at.a * sums.loss), -Exponential::kLn2 * (at.a * sums.aux)};
@@ -211,6 +222,9 @@ struct Closed<JensenShannon<float>> {
     __device__ __forceinline__ void settle(Sums<float> row, float factor) {
         const float scale = (beta - 1.f) * factor * at.a;
         by = scale * Exponential::kLn2, constant = scale * row.aux;
+    }
+    __device__ __forceinline__ float slope_by(float s, float pull) const {
+        return at.student(s) * __fmaf_rn(pull, by, constant);
     }
     // Where q is next to nothing, log m/q is finite all the same.
     __device__ __forceinline__ float slope(float s, float t) const {

@@ -13,6 +13,8 @@ constexpr int kFixedBytes = BlockTeam::kBytes + BlockRows<float, 2>::kEdgeBytes 
 // One block's row pair, and the block that works on it.
 template <class T>
 struct BlockPart {
+    static constexpr int kWidth = kLanes<T>, kKept = 0;  // of a long row a block's threads could keep next to nothing
+
     BlockRows<T, 2> rows;
     BlockTeam& team;
     Note* note;
@@ -24,6 +26,12 @@ struct BlockPart {
     template <class Body>
     __device__ __forceinline__ void again(Body body) {
         rows.template pass<false, 1>(body);
+    }
+    template <int kVectors, class Body>
+    __device__ __forceinline__ void held(Body) {}
+    template <int kVectors, class Body>
+    __device__ __forceinline__ void beyond(Body body) {
+        again(body);
     }
     template <class State, class Merger>
     __device__ __forceinline__ State merge(const State& state, const Merger& merger) {

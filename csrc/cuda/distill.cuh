@@ -33,6 +33,30 @@ struct Points {
     __device__ __forceinline__ Point<float> at(float s, float t) const {
         return pair.with(student(s), teacher(t), s, t);
     }
+    __device__ __forceinline__ float student_at(float s) const { return student(s) * pair.student_scale; }
+};
+
+// What a thread keeps in registers from one pass over the row to the next: a number for each entry of its first
+// kVectors vectors, which part.held walks over; part.beyond walks over all else.
+template <class Part, int kVectors>
+struct Kept {
+    float of[kVectors > 0 ? kVectors : 1][Part::kWidth];
+
+    // body(element, x, numbers), which sets the numbers.
+    template <class Body>
+    __device__ __forceinline__ void fill(Part& part, Body body) {
+        part.template held<kVectors>([&](int i, int element, const auto& x) { body(element, x, of[i]); });
+        part.template beyond<kVectors>([&](int element, const auto& x) {
+            float dropped[sizeof(x[0]) / sizeof(float)];
+            body(element, x, dropped);
+        });
+    }
+    // with(element, x, numbers) where they were kept, else without(element, x).
+    template <class Without, class With>
+    __device__ __forceinline__ void use(Part& part, Without without, With with) const {
+        part.template held<kVectors>([&](int i, int element, const auto& x) { with(element, x, of[i]); });
+        part.template beyond<kVectors>(without);
+    }
 };
 
 struct Note {
@@ -76,13 +100,14 @@ __device__ __forceinline__ bool closed_row(const LossParams& p, const Folded& fo
                                            Sums<float>& sums) {
     if (!p.row_loss && !gradient) return true;
     Closed<D> closed(folded, p.inverse_temperature, divergence);
+    Kept<Part, Part::kKept> kept;
     if constexpr (Closed<D>::kSums) {
         if (!closed.worthwhile(folded.kl<false>())) return false;
         Sums<float> own;
-        part.again([&](int, const auto& x) {
+        kept.fill(part, [&](int, const auto& x, auto& pulls) {
             constexpr int kCount = sizeof(x[0]) / sizeof(float);
 #pragma unroll
-            for (int i = 0; i < kCount; ++i) closed.add(own, x[0][i], x[1][i]);
+            for (int i = 0; i < kCount; ++i) pulls[i] = closed.add(own, x[0][i], x[1][i]);
         });
         sums = closed.finish(part.merge(own, SumsMerger{}));
     } else {
@@ -93,14 +118,28 @@ __device__ __forceinline__ bool closed_row(const LossParams& p, const Folded& fo
 
     closed.settle(sums, slope_factor);
     specialised(has_target, [&](auto targets) {
-        part.again([&](int element, const auto& x) {
+        const auto write = [&](int element, auto& slopes, const auto& student) {
+            if (decltype(targets)::value) hard.add(slopes, element, student);
+            store(gradient + element, slopes);
+        };
+        const auto map = [&](int element, const auto& x) {
             constexpr int kCount = sizeof(x[0]) / sizeof(float);
             float slopes[kCount];
 #pragma unroll
             for (int i = 0; i < kCount; ++i) slopes[i] = closed.slope(x[0][i], x[1][i]);
-            if (decltype(targets)::value) hard.add(slopes, element, x[0]);
-            store(gradient + element, slopes);
-        });
+            write(element, slopes, x[0]);
+        };
+        if constexpr (!Closed<D>::kSums) {
+            part.again(map);
+        } else {
+            kept.use(part, map, [&](int element, const auto& x, const auto& pulls) {
+                constexpr int kCount = sizeof(x[0]) / sizeof(float);
+                float slopes[kCount];
+#pragma unroll
+                for (int i = 0; i < kCount; ++i) slopes[i] = closed.slope_by(x[0][i], pulls[i]);
+                write(element, slopes, x[0]);
+            });
+        }
     });
     return true;
 }
@@ -117,38 +156,59 @@ __device__ __forceinline__ Sums<float> general_row(const LossParams& p, const Fo
         store(gradient + element, slopes);
     };
 
-    // Sum, and map where the slope needs no sums
     Sums<float> sums;
-    part.again([&](int element, const auto& x) {
-        constexpr int kCount = sizeof(x[0]) / sizeof(float);
-        float slopes[kCount];
+    if constexpr (D::kMapNeedsSums) {
+        Kept<Part, Part::kKept / 2> kept;  // the series take registers too
+        kept.fill(part, [&](int, const auto& x, auto& pulls) {
+            constexpr int kCount = sizeof(x[0]) / sizeof(float);
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-            const Point<float> at = points.at(x[0][i], x[1][i]);
-            sums = sums + divergence.term(at);
-            if (!D::kMapNeedsSums) slopes[i] = divergence.slope(at, {});
-        }
-        if (!D::kMapNeedsSums && gradient) write(element, slopes, x[0]);
-    });
-    if (p.row_loss || D::kMapNeedsSums) sums = part.merge(sums, SumsMerger{});
-    if (sums.loss != sums.loss) sums.aux = sums.loss;  // no loss, no gradient
-
-    // Map
-    if (D::kMapNeedsSums && gradient) {
+            for (int i = 0; i < kCount; ++i) {
+                const Point<float> at = points.at(x[0][i], x[1][i]);
+                sums = sums + divergence.term(at);
+                pulls[i] = divergence.pull(at);
+            }
+        });
+        sums = part.merge(sums, SumsMerger{});
+        if (sums.loss != sums.loss) sums.aux = sums.loss;  // no loss, no gradient
+        if (!gradient) return sums;
+        kept.use(
+            part,
+            [&](int element, const auto& x) {
+                constexpr int kCount = sizeof(x[0]) / sizeof(float);
+                float slopes[kCount];
+#pragma unroll
+                for (int i = 0; i < kCount; ++i) slopes[i] = divergence.slope(points.at(x[0][i], x[1][i]), sums);
+                write(element, slopes, x[0]);
+            },
+            [&](int element, const auto& x, const auto& pulls) {
+                constexpr int kCount = sizeof(x[0]) / sizeof(float);
+                float slopes[kCount];
+#pragma unroll
+                for (int i = 0; i < kCount; ++i)
+                    slopes[i] = divergence.slope(points.student_at(x[0][i]), pulls[i], sums);
+                write(element, slopes, x[0]);
+            });
+    } else {
         part.again([&](int element, const auto& x) {
             constexpr int kCount = sizeof(x[0]) / sizeof(float);
             float slopes[kCount];
 #pragma unroll
-            for (int i = 0; i < kCount; ++i) slopes[i] = divergence.slope(points.at(x[0][i], x[1][i]), sums);
-            write(element, slopes, x[0]);
+            for (int i = 0; i < kCount; ++i) {
+                const Point<float> at = points.at(x[0][i], x[1][i]);
+                sums = sums + divergence.term(at);
+                slopes[i] = divergence.slope(at, {});
+            }
+            if (gradient) write(element, slopes, x[0]);
         });
+        if (p.row_loss) sums = part.merge(sums, SumsMerger{});
     }
     return sums;
 }
 
 // `part` is this block's part of the row: part.first(body) and part.again(body) call body(element, {student, teacher})
-// over its elements, part.merge(state, merger) joins the states of all threads that work on the row, and part.note is
-// memory of one thread's own for what is needed at the end. G is the gradient's type.
+// over its elements (part.held and part.beyond over two halves of them, see Kept), part.merge(state, merger) joins the
+// states of all threads that work on the row, and part.note is memory of one thread's own for what is needed at the
+// end. G is the gradient's type.
 template <class G, class D, class Part>
 __device__ __forceinline__ void distill_row(const DistillParams& params, int64_t row, const TokenRow& token,
                                             float target_logit, Part& part) {

@@ -83,6 +83,9 @@ __device__ __forceinline__ void copy_bulk(void* to, const void* from, uint32_t b
 struct Slice {
     Split split;
     int start, count;
+    int lanes[2];  // of student and teacher: where in 16 aligned bytes their vectors start
+
+    __device__ __forceinline__ bool together() const { return (lanes[0] | lanes[1]) == 0; }
 };
 
 template <class T>
@@ -92,7 +95,10 @@ __device__ __forceinline__ Slice slice_row(const T* student, const T* teacher, i
     const Split split = split_row<T>(vocab, lead, together);
     const int share = (split.vectors + size - 1) / size;
     const int start = min(rank * share, split.vectors);
-    return {split, start, min(share, split.vectors - start)};
+    return {split,
+            start,
+            min(share, split.vectors - start),
+            {misalignment(student + split.head), misalignment(teacher + split.head)}};
 }
 
 // What the thread that orders a row's copies tells the others.
@@ -135,6 +141,8 @@ struct ClusterTeam {
 
 template <class T>
 struct ClusterPart {
+    static constexpr int kWidth = kLanes<T>, kKept = 32 / kWidth;  // in 32 registers
+
     const T* rows[2];    // [vocab] student, teacher
     const uint4* stage;  // [2, capacity], shared
     int capacity;
@@ -142,29 +150,30 @@ struct ClusterPart {
     ClusterTeam& team;
     Note* note;
 
+    // body(element, x) for vector i.
     template <bool kTogether, class Body>
-    __device__ __forceinline__ void vectors(Body& body, int student_lanes, int teacher_lanes) const {
-        const uint4 *const student = stage, *const teacher = stage + capacity;
-        for (int i = threadIdx.x; i < slice.count; i += kThreads) {
-            uint4 s = student[i], t = teacher[i];
-            if (!kTogether && student_lanes) s = realign<T>(s, student[i + 1], student_lanes);
-            if (!kTogether && teacher_lanes) t = realign<T>(t, teacher[i + 1], teacher_lanes);
-            float x[2][kLanes<T>];
-            unpack<T>(s, x[0]);
-            unpack<T>(t, x[1]);
-            body(slice.split.head + (slice.start + i) * kLanes<T>, x);
-        }
+    __device__ __forceinline__ void vector(int i, Body body) const {
+        const uint4 *const student = stage + i, *const teacher = stage + capacity + i;
+        uint4 s = *student, t = *teacher;
+        if (!kTogether && slice.lanes[0]) s = realign<T>(s, student[1], slice.lanes[0]);
+        if (!kTogether && slice.lanes[1]) t = realign<T>(t, teacher[1], slice.lanes[1]);
+        float x[2][kWidth];
+        unpack<T>(s, x[0]);
+        unpack<T>(t, x[1]);
+        body(slice.split.head + (slice.start + i) * kWidth, x);
+    }
+
+    template <bool kTogether, class Body>
+    __device__ __forceinline__ void vectors(int begin, Body body) const {
+        for (int i = begin + int(threadIdx.x); i < slice.count; i += kThreads) vector<kTogether>(i, body);
     }
 
     template <bool kFirst, class Body>
-    __device__ __forceinline__ void pass(Body body) {
-        const int student_lanes = misalignment(rows[0] + slice.split.head);
-        const int teacher_lanes = misalignment(rows[1] + slice.split.head);
-        const bool together = (student_lanes | teacher_lanes) == 0;
-        if (together)
-            vectors<true>(body, 0, 0);
+    __device__ __forceinline__ void pass(int begin, Body body) {
+        if (slice.together())
+            vectors<true>(begin, body);
         else
-            vectors<false>(body, student_lanes, teacher_lanes);
+            vectors<false>(0, body);
         const int edge = team.rank == 0 ? slice.split.template edge<T>(threadIdx.x) : -1;
         if (edge < 0) return;
         float x[2][1];
@@ -178,11 +187,25 @@ struct ClusterPart {
     }
     template <class Body>
     __device__ __forceinline__ void first(Body body) {
-        pass<true>(body);
+        pass<true>(0, body);
     }
     template <class Body>
     __device__ __forceinline__ void again(Body body) {
-        pass<false>(body);
+        pass<false>(0, body);
+    }
+    // body(i, element, x) for a thread's i-th vector, a constant once unrolled; none of rows that lie apart.
+    template <int kVectors, class Body>
+    __device__ __forceinline__ void held(Body body) const {
+        if (!slice.together()) return;
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) {
+            const int at = i * kThreads + int(threadIdx.x);
+            if (at < slice.count) vector<true>(at, [&](int element, const auto& x) { body(i, element, x); });
+        }
+    }
+    template <int kVectors, class Body>
+    __device__ __forceinline__ void beyond(Body body) {
+        pass<false>(kVectors * kThreads, body);
     }
     template <class State, class Merger>
     __device__ __forceinline__ State merge(const State& state, const Merger& merger) {
@@ -213,8 +236,7 @@ __device__ __forceinline__ void request_row(const DistillParams& params, int64_t
     uint32_t bytes[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        const bool shifted = misalignment(rows[r] + slice.split.head) != 0;
-        bytes[r] = slice.count > 0 ? 16u * uint32_t(slice.count + shifted) : 0u;
+        bytes[r] = slice.count > 0 ? 16u * uint32_t(slice.count + (slice.lanes[r] != 0)) : 0u;
     }
     fence_before_copy();
     *header = {token, token.target < 0 ? 0.f : widen(student[token.target])};
