@@ -1,7 +1,7 @@
 // Log-probs, entropies, cross-entropies and their gradients, one block per row.
 //
 // A row is read from memory once: a gradient finds it in shared memory, as far as that holds it, and the rest in L2,
-// which plan_rows tries to make room in. A gradient from an earlier call's state is a single pass.
+// which plan_rows tries to make room in. A loss alone, and a gradient from an earlier call's state, is a single pass.
 #include <stdexcept>
 
 #include "common/logprob.h"
@@ -10,7 +10,7 @@
 namespace pyalign::cuda {
 namespace {
 
-constexpr int kMostThreads = 1024;
+constexpr int kMostThreads = 1024, kStreamThreads = 256;
 constexpr int kFixedBytes = BlockTeam::kBytes + BlockRows<float, 1>::kEdgeBytes;
 
 // ---- Fold ----
@@ -211,9 +211,11 @@ void launch_rows(const LogprobArgs& args, cudaStream_t stream) {
                                args.entropy || args.upstream_entropy,
                                options.label_smoothing > 0};
     const bool twice = args.gradient.data && !args.given_state;
-    RowPlan plan =
-        plan_rows(current_device(), 1, args.options.vocab, sizeof(T), {1, kMostThreads}, kFixedBytes, args.count);
-    if (!twice) plan.kept = 0, plan.shared = kFixedBytes;
+    const Device& device = current_device();
+    const RowPlan plan =
+        twice
+            ? plan_rows(device, 1, options.vocab, sizeof(T), {1, kMostThreads}, kFixedBytes, args.count)
+            : plan_stream(device, options.vocab, sizeof(T), {1, kStreamThreads}, kMostThreads, kFixedBytes, args.count);
     const auto kernel = params.softcap.caps() ? logprob_rows<T, G, true> : logprob_rows<T, G, false>;
     check(launch({plan.blocks, plan.threads, plan.shared, stream}, kernel, params, plan.kept), "logprob_rows");
 }

@@ -48,16 +48,24 @@ const Device& current_device() {
     return device_at(index);
 }
 
+namespace {
+
+// The least power of two that leaves a thread no more than 12 vectors, in a range.
+int threads_for(int64_t vectors, ThreadRange range) {
+    int threads = 64;
+    while (threads < range.most && (threads < range.least || threads * int64_t{12} < vectors)) threads *= 2;
+    return threads;
+}
+
+}  // namespace
+
 // Short rows: several blocks of a few warps on every multiprocessor. Long rows: fewer and larger blocks, so that what
 // the blocks at work don't keep in shared memory stays in L2 until it is read again.
 RowPlan plan_rows(const Device& device, int rows, int64_t vocab, int element_size, ThreadRange threads, size_t fixed,
                   int64_t count) {
-    constexpr int kVectorsPerThread = 12;
     const int64_t vectors = vocab * element_size / 16 + 1;
     RowPlan plan{};
-    plan.threads = 64;
-    while (plan.threads < threads.most && (plan.threads < threads.least || plan.threads * kVectorsPerThread < vectors))
-        plan.threads *= 2;
+    plan.threads = threads_for(vectors, threads);
 
     int64_t kept = 0, room = 0;
     for (;; plan.threads *= 2) {
@@ -73,6 +81,17 @@ RowPlan plan_rows(const Device& device, int rows, int64_t vocab, int element_siz
     }
     plan.kept = int(kept);
     plan.shared = fixed + size_t(kept) * size_t(rows) * 16;
+    plan.blocks = std::min(count, int64_t{device.processors} * plan.blocks_per_processor);
+    return plan;
+}
+
+RowPlan plan_stream(const Device& device, int64_t vocab, int element_size, ThreadRange threads, int per_processor,
+                    size_t fixed, int64_t count) {
+    RowPlan plan{};
+    plan.threads = threads_for(vocab * element_size / 16 + 1, threads);
+    plan.shared = fixed;
+    plan.blocks_per_processor = std::min(
+        {per_processor / plan.threads, 16, device.shared_per_processor / (int(fixed) + device.shared_reserved)});
     plan.blocks = std::min(count, int64_t{device.processors} * plan.blocks_per_processor);
     return plan;
 }
