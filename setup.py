@@ -364,7 +364,7 @@ setup(
         *(f"pyalign.{name}" for name in find_packages(str(ROOT), include=["kernels", "kernels.*"])),
     ],
     package_dir={"pyalign": "pyalign", "pyalign.kernels": "kernels"},
-    package_data={"pyalign": ["py.typed", "*.pyi"]},
+    package_data={"pyalign": ["py.typed", "*.pyi", "kernel_tables/*"]},
     ext_modules=[Extension("pyalign._C", sources=[])],
     cmdclass={"build_ext": BuildNative},
 )

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Everything there is to check on a GPU machine: builds for its GPU, runs all tests on it, compute-sanitizer over the
-# smoke tests, and the benchmarks beside the device's own copy bandwidth and GEMM rate. Needs no network where torch,
-# pytest, pytest-benchmark, hypothesis, pybind11 and ninja are installed.
+# smoke tests, measures which layouts of kernels are the fastest (choices), and the benchmarks, with these, beside the
+# device's own copy bandwidth and GEMM rate. Needs no network where torch, pytest, pytest-benchmark, hypothesis, pybind11
+# and ninja are installed.
 #
-#   bench/gpu_check.sh [build] [tests] [sanitizer] [bench] [predictions]     (all of them by default)
-#   OUT=DIR         where <GPU>.json (figures, machine, versions, commit) and the logs go (bench/results)
+#   bench/gpu_check.sh [build] [tests] [sanitizer] [choices] [bench] [predictions]     (all of them by default)
+#   OUT=DIR         where <GPU>.json (figures, machine, versions, commit), the logs and what choices measured,
+#                   kernel_table.json, go (bench/results)
 #   PYTHON=python3  which Python, with torch in it (.venv's, else python3)
 #
 # Without a GPU it compiles every .cu for every target, checks the compilers' reports and the ahead-of-time Triton
@@ -15,7 +17,8 @@ out=$(realpath -m "${OUT:-bench/results}")
 mkdir -p "$out"
 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin # nvcc and compute-sanitizer, where they aren't on PATH
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-wanted=${*:-build tests sanitizer bench predictions}
+wanted=${*:-build tests sanitizer choices bench predictions}
+table=$out/kernel_table.json
 stages=$out/.stages
 : >"$stages"
 
@@ -74,19 +77,22 @@ if [ -n "$gpu" ]; then
     else
         left_out sanitizer "no compute-sanitizer on PATH"
     fi
+    stage choices "$python" bench/choose_kernels.py --out "$table"
+    [ -f "$table" ] && export PYALIGN_KERNEL_TABLE=$table # also what an earlier run has found
     stage bench bench
     stage predictions "$python" bench/predictions.py measure # beside bench/PREDICTIONS.md
 else
     stage tests "$python" -m pytest -q tests/test_cuda_build.py tests/test_triton_aot.py
     left_out tests "no GPU: no kernel ran on one"
     left_out sanitizer "no GPU: no compute-sanitizer"
+    left_out choices "no GPU: no layout was measured"
     stage bench bench
     left_out bench "no GPU: the figures are the CPU's"
     left_out predictions "no GPU: they are of an H100"
 fi
 
 "$python" - "$out" "$gpu" <<'PYTHON'
-import json, pathlib, platform, re, shutil, subprocess, sys, torch
+import json, os, pathlib, platform, re, shutil, subprocess, sys, torch
 
 out, gpu = pathlib.Path(sys.argv[1]), sys.argv[2]
 rows = [line.split("\t") for line in (out / ".stages").read_text().splitlines()]
@@ -113,6 +119,7 @@ report = {
     "torch": torch.__version__,
     "cuda": {"torch": torch.version.cuda, "nvcc": nvcc and nvcc[1]},
     "commit": commit and commit + ("+changes" if said("git", "status", "--porcelain", "--untracked-files=no") else ""),
+    "kernel_table": os.environ.get("PYALIGN_KERNEL_TABLE"),
     "device": device,
     "stages": stages,
     "benchmarks": cases,

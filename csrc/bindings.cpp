@@ -61,6 +61,9 @@ DistillOptions options(const py::tuple& t) {
             t[4].cast<bool>(),    t[5].cast<double>()};
 }
 
+// (cluster, stages)
+Layout layout(const py::tuple& t) { return {t[0].cast<int>(), t[1].cast<int>()}; }
+
 // (stage, states, sums)
 Split split(const py::tuple& t) {
     return {static_cast<Stage>(t[0].cast<int>()), pointer<double>(t[1]), pointer<double>(t[2])};
@@ -100,7 +103,8 @@ void register_distill(py::module_& m, Distill distill, TopKDistill topk_distill,
     const auto execution = [](uintptr_t x) { return (Execution)x; };
     m.def("distill", [=](const py::tuple& student, const py::tuple& teacher, const py::tuple& token,
                          const py::tuple& out, const py::tuple& option, uintptr_t on) {
-        const DistillArgs args{rows(student), rows(teacher), tokens(token), outputs(out), options(option), Split{}};
+        const DistillArgs args{rows(student),   rows(teacher), tokens(token), outputs(out),
+                               options(option), Split{},       Layout{}};
         py::gil_scoped_release release;
         distill(args, execution(on));
     });
@@ -389,8 +393,8 @@ void register_cpu(py::module_ m) {
     register_scoring<int>(m, cpu::reward_scores, cpu::reward_gradient, cpu::score_groups, cpu::preference_metrics);
     m.def("split_distill", [](const py::tuple& student, const py::tuple& teacher, const py::tuple& token,
                               const py::tuple& out, const py::tuple& option, const py::tuple& parts, int threads) {
-        const DistillArgs args{rows(student), rows(teacher),   tokens(token),
-                               outputs(out),  options(option), split(parts)};
+        const DistillArgs args{rows(student),   rows(teacher), tokens(token), outputs(out),
+                               options(option), split(parts),  Layout{}};
         py::gil_scoped_release release;
         cpu::distill(args, threads);
     });
@@ -428,8 +432,22 @@ void register_cuda(py::module_ m) {
     m.attr("pair_blocks") = kPairBlocks;
     m.attr("shared_entries") = kSharedEntries;
     m.attr("sorted_bytes") = kSortedBytes;
-    m.def("explain_distill", [](int64_t vocab, int dtype, int device) {
-        return cuda::explain_distill(vocab, static_cast<Dtype>(dtype), device);
+    m.def("laid_out_distill", [](const py::tuple& student, const py::tuple& teacher, const py::tuple& token,
+                                 const py::tuple& out, const py::tuple& option, const py::tuple& how, uintptr_t on) {
+        const DistillArgs args{rows(student),   rows(teacher), tokens(token), outputs(out),
+                               options(option), Split{},       layout(how)};
+        py::gil_scoped_release release;
+        cuda::distill(args, (cudaStream_t)on);
+    });
+    m.def("distill_layouts", [](int64_t vocab, int dtype, int divergence, int device) {
+        std::vector<std::pair<int, int>> found;
+        for (const Layout x :
+             cuda::distill_layouts(vocab, static_cast<Dtype>(dtype), static_cast<Divergence>(divergence), device))
+            found.emplace_back(x.cluster, x.stages);
+        return found;
+    });
+    m.def("explain_distill", [](int64_t vocab, int dtype, const py::tuple& how, int device) {
+        return cuda::explain_distill(vocab, static_cast<Dtype>(dtype), layout(how), device);
     });
 }
 #endif

@@ -88,7 +88,19 @@ class _Cuda(_Engine):
     pair_blocks: int  # kPairBlocks, kSharedEntries and kSortedBytes of csrc/common/ranking_args.h
     shared_entries: int
     sorted_bytes: int
-    def explain_distill(self, vocab: int, dtype: int, device: int, /) -> str: ...
+    def laid_out_distill(
+        self,
+        student: tuple[int, ...],
+        teacher: tuple[int, ...],
+        tokens: tuple[int, ...],
+        outputs: tuple[Any, ...],
+        options: tuple[Any, ...],
+        layout: tuple[int, int],
+        stream: int,
+        /,
+    ) -> None: ...
+    def distill_layouts(self, vocab: int, dtype: int, divergence: int, device: int, /) -> list[tuple[int, int]]: ...
+    def explain_distill(self, vocab: int, dtype: int, layout: tuple[int, int], device: int, /) -> str: ...
 
 cpu: _Cpu
 cuda: _Cuda  # only where CUDA was compiled

@@ -133,6 +133,10 @@ def _reader() -> Callable[[str], str | None]:
     return os.environ.get if module is None else module.getenv
 
 
+def getenv(name: str) -> str | None:
+    return _reader()(name)
+
+
 def choose(device: torch.device, dtype: torch.dtype) -> Choice:
     """The backend for these tensors, and why."""
     return _decide(_forced.get(), _reader()("PYALIGN_BACKEND"), device, dtype, 0, False, False)

@@ -1,7 +1,8 @@
 """What really runs for a call: ``pyalign info --op`` calls the op once per backend and reads torch's profiler.
 
 Nothing is repeated from the code that chooses, so that nothing can be out of date: on a GPU these are the kernels that
-were launched, with their grids, on a CPU pyalign's engines and torch's operators.
+were launched, with their grids, and the layouts that were chosen for them, and why; on a CPU pyalign's engines and
+torch's operators.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import pyalign
-from pyalign import _backends, _ops
+from pyalign import _backends, _ops, _tables
 from pyalign._models import choose_device
 from pyalign._options import OptionError, one_of
 from pyalign.benchmark.case import Case
@@ -95,8 +96,9 @@ def _backend(name: str, case: Case, device: torch.device) -> dict[str, Any]:
     try:
         with pyalign.backend(name):
             run = step(case, case.ours, case.inputs(device, 0), Upstream())
-            run()  # compiles, allocates
-            return {"runs": _traced(run, device)}
+            with _tables.watched() as choices:
+                run()  # compiles, allocates
+            return {"choices": [x._asdict() for x in dict.fromkeys(choices)], "runs": _traced(run, device)}
     except (RuntimeError, ValueError) as error:  # what it refuses for these options alone
         return {"refusal": str(error)}
 
@@ -212,6 +214,7 @@ def render(report: dict[str, Any]) -> str:
             lines.append(f"{name}: no, {found['refusal']}")
             continue
         lines.append(f"{name}:")
+        lines += [f"    {x['what']}: {x['reason']}" for x in found.get("choices", [])]
         for entry in found["runs"]:
             details = ", ".join(f"{key} {_text(value)}" for key, value in entry.items() if key != "name")
             lines.append(f"    {entry['name']}{'  ' if details else ''}{details}")

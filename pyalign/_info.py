@@ -44,7 +44,7 @@ def _gpu(index: int) -> dict[str, Any]:
     }
     if not refusal:
         gpu["distillation_kernels"] = {
-            f"{vocab} x bfloat16": _backends.engine("cuda").explain_distill(vocab, torch.bfloat16, index)
+            f"{vocab} x bfloat16": _backends.engine("cuda").explain_distill(vocab, torch.bfloat16, "forward_kl", index)
             for vocab in (1024, 32000, 128256, 262144)
         }
     return gpu

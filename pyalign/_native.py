@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyalign import _C
+from pyalign import _C, _tables
 from pyalign._types import (
     DIVERGENCES,
     REDUCTIONS,
@@ -293,9 +293,15 @@ class _Cpu(OnCpu, _Engine):
 
 
 class _Cuda(OnCuda, _Engine):
-    def explain_distill(self, vocab: int, dtype: torch.dtype, device: int) -> str:
-        """Which kernel serves rows of this length on this GPU, and how it is laid out there."""
-        return self._module.explain_distill(vocab, DTYPES[dtype], device)
+    def distill_layouts(self, vocab: int, dtype: torch.dtype, divergence: str, device: int) -> list[tuple[int, int]]:
+        """(cluster, stages) of all that rows of this length fit on this GPU, the rule's first."""
+        return self._module.distill_layouts(vocab, DTYPES[dtype], DIVERGENCES.index(divergence), device)
+
+    def explain_distill(self, vocab: int, dtype: torch.dtype, divergence: str, device: int) -> str:
+        """Which kernel serves rows of this length on this GPU, how it is laid out there, and why."""
+        with _tables.watched() as choices:
+            layout = _tables.distill_layout(device, vocab, dtype, divergence)
+        return f"{self._module.explain_distill(vocab, DTYPES[dtype], layout, device)}; {choices[0].reason}"
 
     def distill(
         self,
@@ -305,12 +311,31 @@ class _Cuda(OnCuda, _Engine):
         options: Options,
         *,
         gradient: Tensor | None,
-        **wanted: Any,
+        want_loss: bool,
+        want_metrics: bool,
     ) -> Results:
         """The kernels take one dtype: logits of two meet in float32."""
         if student.dtype != teacher.dtype:
             student, teacher = student.float(), teacher.float()
-        return super().distill(student, teacher, tokens, options, gradient=gradient, **wanted)
+        device = student.device.index
+        layout = _tables.distill_layout(device, options.vocab, student.dtype, options.divergence)
+        if layout == _tables.BY_RULE:
+            return super().distill(
+                student, teacher, tokens, options, gradient=gradient, want_loss=want_loss, want_metrics=want_metrics
+            )
+        teacher, teacher_rows = row_pointers(teacher)
+        return self._loss(
+            "laid_out_distill",
+            student,
+            (teacher_rows,),
+            teacher.shape[:-1].numel(),
+            tokens,
+            options,
+            gradient,
+            want_loss,
+            want_metrics,
+            layout,
+        )
 
 
 @functools.cache

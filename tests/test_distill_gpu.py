@@ -18,10 +18,12 @@ from distill_support import (
 )
 
 import pyalign
-from pyalign import distillation_loss, topk_distillation_loss, topk_logprobs
+from pyalign import _backends, _tables, distillation_loss, topk_distillation_loss, topk_logprobs
+from pyalign._types import Options, Tokens
 
 pytestmark = pytest.mark.skipif(not GPU, reason="no GPU")
 on_gpu = over(ON_GPU)
+in_cuda = over(tuple(engine for engine in ON_GPU if engine.name == "cuda"))
 
 # From 8 KiB a row the Hopper kernel holds a pair of rows in clusters of 1 to 16 blocks; what fits nowhere goes through
 # L2. Odd lengths have ragged ends, and rows that start anywhere.
@@ -40,6 +42,50 @@ def test_long_rows(engine: Engine, divergence: str, dtype: torch.dtype, vocab: i
         ours = evaluate(student, teacher, **options)
     # A sum over V float32 terms in a fixed order: its rounding grows with the logarithm of V.
     assert_close(ours, truth(student, teacher, **options), dtype, slack=2.0)
+
+
+@pytest.mark.parametrize("vocab", [4097, 32000, 50257, 128256, 262144])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@every_divergence
+@in_cuda
+def test_every_layout_gives_the_same(engine: Engine, divergence: str, dtype: torch.dtype, vocab: int):
+    student, teacher = student_and_teacher(5, vocab, dtype=dtype, device=engine.device)
+    exact = truth(student, teacher, divergence=divergence)
+    layouts = _backends.engine("cuda").distill_layouts(vocab, dtype, divergence, 0)
+    assert _tables.ONE_BLOCK in layouts
+    for layout in layouts:
+        with engine(), _tables.use(distill=_tables.layout_name(layout)):
+            ours = evaluate(student, teacher, divergence=divergence)
+        assert_close(ours, exact, dtype, slack=2.0)
+
+
+@pytest.mark.parametrize("gradient_dtype", [torch.bfloat16, torch.float16], ids=name_of)
+@in_cuda
+def test_every_layout_writes_a_gradient_of_16_bits(engine: Engine, gradient_dtype: torch.dtype):
+    """Of float32 logits, as losses from hidden states have it written."""
+    student, teacher = student_and_teacher(5, 50257, device=engine.device)
+    kernels, found = _backends.engine("cuda"), []
+    for layout in kernels.distill_layouts(50257, torch.float32, "forward_kl", 0):
+        gradient = torch.empty_like(student, dtype=gradient_dtype)
+        with _tables.use(distill=_tables.layout_name(layout)):
+            kernels.distill(
+                student, teacher, Tokens(reduction="none"), Options(50257), gradient=gradient, want_loss=True,
+                want_metrics=False,
+            )  # fmt: skip
+        found.append(gradient.float())
+    for x in found[1:]:
+        torch.testing.assert_close(x, found[0], rtol=2 * torch.finfo(gradient_dtype).eps, atol=1e-6)
+
+
+@in_cuda
+def test_a_layout_that_does_not_fit_is_refused_by_name(engine: Engine):
+    student, teacher = student_and_teacher(5, 262144, device=engine.device)
+    with (
+        engine(),
+        _tables.use(distill="cluster of 1, 2 stages"),
+        pytest.raises(ValueError, match=r"layout: got a cluster of 1 with stages 2; wanted one of distill_layouts\(\)"),
+    ):
+        distillation_loss(student, teacher)
 
 
 @pytest.mark.smoke

@@ -193,6 +193,8 @@ def test_wheel_holds_pyalign_and_nothing_else(distributions: tuple[Path, Path]):
     names = archive.namelist()
     assert {name.partition("/")[0] for name in names} == {"pyalign", f"pyalign-{__version__}.dist-info"}
     assert {"pyalign/py.typed", "pyalign/_C.pyi", "pyalign/kernels/__init__.py"} <= set(names)
+    tables = {f"pyalign/kernel_tables/{path.name}" for path in (ROOT / "pyalign/kernel_tables").iterdir()}
+    assert tables <= set(names)
     metadata = archive.read(f"pyalign-{__version__}.dist-info/METADATA").decode()
     requirements = re.findall(r"^Requires-Dist: ([^;\n]*)$", metadata, re.MULTILINE)
     assert requirements == ["torch>=2.8", "numpy"]

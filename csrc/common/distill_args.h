@@ -82,6 +82,14 @@ struct DistillOptions {
     double hard_weight = 0.0;
 };
 
+// How a GPU holds a row pair. The engine has a rule; what was measured on a GPU may know better.
+struct Layout {
+    static constexpr int kByRule = 0, kOneBlock = -1;  // instead of a cluster: one block, whatever the row's length
+
+    int cluster = kByRule;  // blocks that hold a row pair together
+    int stages = 0;         // row pairs that they have room for
+};
+
 // (1 - hard_weight) * divergence + hard_weight * cross-entropy, per token.
 struct DistillArgs {
     Rows student, teacher;
@@ -89,6 +97,7 @@ struct DistillArgs {
     Outputs out;
     DistillOptions options;
     Split split;
+    Layout layout;  // on a GPU
 };
 
 // The teacher as k (log-prob, index) entries per row and the log of the remaining mass. An index of -1 is no entry.

@@ -9,6 +9,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "common/distill_args.h"
 #include "common/logprob_args.h"
@@ -23,6 +24,7 @@ class CudaError : public std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
+// A layout that isn't among distill_layouts() is a bad argument.
 void distill(const DistillArgs& args, cudaStream_t stream);
 void topk_distill(const TopKDistillArgs& args, cudaStream_t stream);
 
@@ -46,7 +48,10 @@ void reward_gradient(const RewardGradientArgs& args, cudaStream_t stream);
 void score_groups(const GroupArgs& args, cudaStream_t stream);
 void preference_metrics(const MetricArgs& args, cudaStream_t stream);
 
+// The layouts of `distill` that rows of this length fit on this device; the first is the rule's.
+std::vector<Layout> distill_layouts(int64_t vocab, Dtype dtype, Divergence divergence, int device);
+
 // Which kernel `distill` runs for rows of this length on this device, and how it is laid out there.
-std::string explain_distill(int64_t vocab, Dtype dtype, int device);
+std::string explain_distill(int64_t vocab, Dtype dtype, Layout layout, int device);
 
 }  // namespace pyalign::cuda

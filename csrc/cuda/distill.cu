@@ -83,7 +83,14 @@ void distill(const DistillArgs& args, cudaStream_t stream) {
     if (args.teacher.dtype != args.student.dtype)
         throw std::invalid_argument("distill: student and teacher logits must have one dtype on a GPU");
     const DistillParams params{prepare_loss(args.student, args.tokens, args.out, args.options, stream), args.teacher};
-    if (args.tokens.count > 0 && !distill_cluster(params, stream)) {
+    const bool by_cluster = args.tokens.count > 0 && args.layout.cluster != Layout::kOneBlock &&
+                            distill_cluster(params, args.layout, stream);
+    if (args.tokens.count > 0 && !by_cluster) {
+        if (args.layout.cluster != Layout::kByRule && args.layout.cluster != Layout::kOneBlock)
+            throw std::invalid_argument("distill: layout: got a cluster of " + std::to_string(args.layout.cluster) +
+                                        " with stages " + std::to_string(args.layout.stages) +
+                                        "; wanted one of distill_layouts() for rows of " +
+                                        std::to_string(params.loss.vocab));
         with_types(args.student, args.out.gradient, "distill", [&](auto logits, auto gradient) {
             with_divergence(args.options.divergence, params.loss.beta, [&](auto divergence) {
                 launch_rows<decltype(logits), decltype(gradient), decltype(divergence)>(params, stream);
@@ -93,13 +100,32 @@ void distill(const DistillArgs& args, cudaStream_t stream) {
     reduce_loss(params.loss, args.out, stream);
 }
 
-std::string explain_distill(int64_t vocab, Dtype dtype, int index) {
-    const Device& device = device_at(index);
+namespace {
+
+// Asks the driver about kernels on a device that need not be the current one.
+template <class Ask>
+auto on_device(int index, const char* what, Ask ask) {
     int current = 0;
-    check(cudaGetDevice(&current), "explain_distill");
-    check(cudaSetDevice(index), "explain_distill");
-    const std::string cluster = explain_cluster(device, vocab, dtype);
-    check(cudaSetDevice(current), "explain_distill");
+    check(cudaGetDevice(&current), what);
+    check(cudaSetDevice(index), what);
+    auto answer = ask(device_at(index));
+    check(cudaSetDevice(current), what);
+    return answer;
+}
+
+}  // namespace
+
+std::vector<Layout> distill_layouts(int64_t vocab, Dtype dtype, Divergence divergence, int index) {
+    element_size(dtype, "distill_layouts");
+    return on_device(index, "distill_layouts",
+                     [&](const Device& device) { return all_layouts(device, vocab, dtype, divergence); });
+}
+
+std::string explain_distill(int64_t vocab, Dtype dtype, Layout layout, int index) {
+    const Device& device = device_at(index);
+    const std::string cluster = on_device(index, "explain_distill", [&](const Device& where) {
+        return layout.cluster == Layout::kOneBlock ? std::string() : explain_cluster(where, vocab, dtype, layout);
+    });
     if (!cluster.empty()) return cluster;
     const int size = element_size(dtype, "distill");
     const RowPlan plan = plan_rows(device, 2, vocab, size, {1, kMostThreads}, kFixedBytes, int64_t{1} << 40);
@@ -110,8 +136,9 @@ std::string explain_distill(int64_t vocab, Dtype dtype, int index) {
 }
 
 #if !defined(PYALIGN_HAVE_SM90)
-bool distill_cluster(const DistillParams&, cudaStream_t) { return false; }
-std::string explain_cluster(const Device&, int64_t, Dtype) { return {}; }
+bool distill_cluster(const DistillParams&, Layout, cudaStream_t) { return false; }
+std::string explain_cluster(const Device&, int64_t, Dtype, Layout) { return {}; }
+std::vector<Layout> all_layouts(const Device&, int64_t, Dtype, Divergence) { return {{Layout::kOneBlock, 0}}; }
 #endif
 
 }  // namespace pyalign::cuda

@@ -246,7 +246,8 @@ __device__ __forceinline__ void distill_row(const DistillParams& params, int64_t
 
 // The Hopper kernel's part, in distill_sm90.cu: false if the device has no clusters that can hold such rows, and then
 // nothing was launched.
-bool distill_cluster(const DistillParams& params, cudaStream_t stream);
-std::string explain_cluster(const Device& device, int64_t vocab, Dtype dtype);  // empty: can't
+bool distill_cluster(const DistillParams& params, Layout layout, cudaStream_t stream);
+std::string explain_cluster(const Device& device, int64_t vocab, Dtype dtype, Layout layout);  // empty: can't
+std::vector<Layout> all_layouts(const Device& device, int64_t vocab, Dtype dtype, Divergence divergence);
 
 }  // namespace pyalign::cuda

@@ -338,34 +338,46 @@ int64_t active_clusters(const Device& device, Kernel kernel, int cluster, size_t
     return clusters;
 }
 
-// Best are two blocks on a multiprocessor, each with a row at work and one on its way; the smallest such cluster,
-// because barriers cost more the more blocks they join. Longer rows do without the one or the other.
+// Of a given cluster size, whose blocks have room for `stages` row pairs.
+ClusterPlan lay_out(const Device& device, Kernel kernel, int64_t vocab, int size, Layout layout) {
+    const auto [cluster, stages] = layout;
+    const bool known = cluster >= 1 && cluster <= kMostCluster && (cluster & (cluster - 1)) == 0 && stages >= 1 &&
+                       stages <= kMostStages;
+    if (!known || device.major < 9 || vocab * size < kLeastBytes) return {};
+    const int64_t vectors = vocab * size / 16, capacity = (vectors + cluster - 1) / cluster + 1;
+    const int64_t shared = int64_t(sizeof(Shared)) + stages * 2 * capacity * int64_t(sizeof(uint4));
+    if (shared > device.shared_per_block) return {};
+    const int64_t clusters = active_clusters(device, kernel, cluster, size_t(shared));
+    if (clusters == 0) return {};
+    return {cluster, stages, int(capacity), size_t(shared), clusters};
+}
+
+// The rule. Best are two blocks on a multiprocessor, each with a row at work and one on its way; the smallest such
+// cluster, because barriers cost more the more blocks they join. Longer rows do without the one or the other.
 ClusterPlan make_plan(const Device& device, Kernel kernel, int64_t vocab, int size) {
     struct Wish {
         int blocks, stages;
     };
-    if (device.major < 9 || vocab * size < kLeastBytes) return {};
     for (const Wish wish : {Wish{2, 2}, Wish{2, 1}, Wish{1, 2}, Wish{1, 1}}) {
         for (int cluster = 1; cluster <= kMostCluster; cluster *= 2) {
-            const int64_t vectors = vocab * size / 16, capacity = (vectors + cluster - 1) / cluster + 1;
-            const int64_t shared = int64_t(sizeof(Shared)) + wish.stages * 2 * capacity * int64_t(sizeof(uint4));
-            if (shared > device.shared_per_block ||
-                wish.blocks * (shared + device.shared_reserved) > device.shared_per_processor)
-                continue;
-            const int64_t clusters = active_clusters(device, kernel, cluster, size_t(shared));
-            if (2 * clusters * cluster < int64_t{wish.blocks} * device.processors) continue;
-            return {cluster, wish.stages, int(capacity), size_t(shared), clusters};
+            const ClusterPlan plan = lay_out(device, kernel, vocab, size, {cluster, wish.stages});
+            const int64_t on_processor = wish.blocks * (int64_t(plan.shared) + device.shared_reserved);
+            if (plan.cluster > 0 && on_processor <= device.shared_per_processor &&
+                2 * plan.clusters * cluster >= int64_t{wish.blocks} * device.processors)
+                return plan;
         }
     }
     return {};
 }
 
-ClusterPlan plan_clusters(const Device& device, Kernel kernel, int64_t vocab, int size) {
+ClusterPlan plan_clusters(const Device& device, Kernel kernel, int64_t vocab, int size, Layout layout) {
     static std::mutex mutex;
-    static auto& plans = *new std::map<std::tuple<int, Kernel, int64_t>, ClusterPlan>;
+    static auto& plans = *new std::map<std::tuple<int, Kernel, int64_t, int, int>, ClusterPlan>;
     const std::lock_guard<std::mutex> lock(mutex);
-    const auto [place, is_new] = plans.try_emplace({device.index, kernel, vocab});
-    if (is_new) place->second = make_plan(device, kernel, vocab, size);
+    const auto [place, is_new] = plans.try_emplace({device.index, kernel, vocab, layout.cluster, layout.stages});
+    if (is_new)
+        place->second = layout.cluster == Layout::kByRule ? make_plan(device, kernel, vocab, size)
+                                                          : lay_out(device, kernel, vocab, size, layout);
     return place->second;
 }
 
@@ -376,13 +388,13 @@ Kernel kernel_for(Divergence divergence) {
 
 }  // namespace
 
-bool distill_cluster(const DistillParams& params, cudaStream_t stream) {
+bool distill_cluster(const DistillParams& params, Layout layout, cudaStream_t stream) {
     const LossParams& p = params.loss;
     bool launched = false;
     with_types(p.student, p.gradient, "distill", [&](auto logits, auto gradient) {
         using T = decltype(logits);
         const Kernel kernel = kernel_for<T, decltype(gradient)>(p.divergence);
-        const ClusterPlan plan = plan_clusters(current_device(), kernel, p.vocab, sizeof(T));
+        const ClusterPlan plan = plan_clusters(current_device(), kernel, p.vocab, sizeof(T), layout);
         if (plan.cluster == 0) return;
         const int64_t clusters = plan.clusters < p.tokens.count ? plan.clusters : p.tokens.count;
         check(launch({clusters * plan.cluster, kThreads, plan.shared, stream, plan.cluster}, kernel, params,
@@ -393,11 +405,29 @@ bool distill_cluster(const DistillParams& params, cudaStream_t stream) {
     return launched;
 }
 
-std::string explain_cluster(const Device& device, int64_t vocab, Dtype dtype) {
+std::vector<Layout> all_layouts(const Device& device, int64_t vocab, Dtype dtype, Divergence divergence) {
+    std::vector<Layout> layouts{{Layout::kOneBlock, 0}};  // the rule's, where it wants no cluster
+    with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        const Kernel kernel = kernel_for<T, T>(divergence);
+        const ClusterPlan rule = plan_clusters(device, kernel, vocab, sizeof(T), Layout{});
+        for (int cluster = 1; cluster <= kMostCluster; cluster *= 2) {
+            for (int stages = kMostStages; stages >= 1; --stages) {
+                if (plan_clusters(device, kernel, vocab, sizeof(T), {cluster, stages}).cluster == 0) continue;
+                const bool is_rule = cluster == rule.cluster && stages == rule.stages;
+                layouts.insert(is_rule ? layouts.begin() : layouts.end(), Layout{cluster, stages});
+            }
+        }
+    });
+    return layouts;
+}
+
+std::string explain_cluster(const Device& device, int64_t vocab, Dtype dtype, Layout layout) {
     std::string text;
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
-        const ClusterPlan plan = plan_clusters(device, kernel_for<T, T>(Divergence::kForwardKL), vocab, sizeof(T));
+        const Kernel kernel = kernel_for<T, T>(Divergence::kForwardKL);
+        const ClusterPlan plan = plan_clusters(device, kernel, vocab, sizeof(T), layout);
         if (plan.cluster == 0) return;
         text = "distill_clusters: a row pair held by a cluster of " + std::to_string(plan.cluster) + ", " +
                std::to_string(plan.stages) + (plan.stages == 1 ? " stage, " : " stages, ") +
