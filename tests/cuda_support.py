@@ -22,7 +22,7 @@ class Limit(NamedTuple):
     instances: int
     threads: int
     blocks: int
-    static_shared: int = 0  # bytes; what is asked for at launch is planned in runtime.cu and distill_sm90.cu
+    static_shared: int = 0  # bytes; what is asked for at launch is planned in runtime.cu and clusters.cu
 
     @property
     def registers(self) -> int:
@@ -129,9 +129,9 @@ def compile_source(source: Path, target: str, folder: Path) -> Built:
     return Built(source, target, compiled, parse(output, target))
 
 
-def shared_bytes(stem: str) -> int:
-    """sizeof(Shared) of ``csrc/cuda/<stem>.cu``, as its compiler was made to agree."""
-    (size,) = re.findall(r"static_assert\(sizeof\(Shared\) == (\d+)\)", (ROOT / f"csrc/cuda/{stem}.cu").read_text())
+def shared_bytes(file: str, name: str = "Shared") -> int:
+    """sizeof(``name``) of a file of ``csrc/cuda``, as its compiler was made to agree."""
+    (size,) = re.findall(rf"static_assert\(sizeof\({name}\) == (\d+)\)", (ROOT / "csrc/cuda" / file).read_text())
     return int(size)
 
 

@@ -1,5 +1,5 @@
-"""Which rows a Hopper GPU's clusters hold, and how: make_plan of csrc/cuda/distill_sm90.cu worked out for an H100. What
-is missing is the driver's word on how many clusters fit at once. Plans are the same for every divergence.
+"""Which rows a Hopper GPU's clusters hold, and how: make_plan of csrc/cuda/clusters.cu worked out for an H100. What is
+missing is the driver's word on how many clusters fit at once. Plans are the same for every divergence.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pytest
 from cuda_support import ROOT, shared_bytes
 from gpu_limits import LIMITS_OF, blocks_per_processor
 
-SOURCE = (ROOT / "csrc/cuda/distill_sm90.cu").read_text()
+SOURCE = "".join((ROOT / "csrc/cuda" / name).read_text() for name in ("cluster.cuh", "clusters.cu"))
 H100 = LIMITS_OF["90"]
 REGISTERS = 128  # what __launch_bounds__ leaves a thread
 
@@ -21,7 +21,7 @@ def constant(name: str) -> int:
     return int(value)
 
 
-THREADS, LARGEST, BLOCKS = constant("kThreads"), constant("kMostCluster"), constant("kBlocksPerProcessor")
+THREADS, LARGEST, BLOCKS = constant("kClusterThreads"), constant("kMostCluster"), constant("kClusterBlocks")
 WISHES = [(int(blocks), int(stages)) for blocks, stages in re.findall(r"Wish\{(\d), (\d)\}", SOURCE)]
 
 
@@ -37,7 +37,7 @@ def plan(vocab: int, width: int) -> Plan | None:
     for blocks, stages in WISHES:
         for cluster in (1, 2, 4, 8, 16):
             capacity = -(-(vocab * width // 16) // cluster) + 1
-            shared = shared_bytes("distill_sm90") + stages * 2 * capacity * 16
+            shared = shared_bytes("cluster.cuh", "ClusterShared") + stages * 2 * capacity * 16
             fits = blocks * (shared + H100.shared_reserved) <= H100.shared
             if shared <= H100.shared_of_block and fits:
                 return Plan(cluster, stages, blocks, shared)

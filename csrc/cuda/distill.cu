@@ -17,7 +17,6 @@ struct BlockPart {
 
     BlockRows<T, 2> rows;
     BlockTeam& team;
-    Note* note;
 
     template <class Body>
     __device__ __forceinline__ void first(Body body) {
@@ -63,8 +62,8 @@ __global__ void __launch_bounds__(kMostThreads, 1) distill_rows(const DistillPar
         const T* const teacher = row_pointer<const T>(params.teacher, token.teacher);  // [vocab]
         const int lead = written_lead<T, G>(p, row, student);
         const float target_logit = token.target < 0 ? 0.f : widen(student[token.target]);
-        BlockPart<T> part{{{student, teacher}, p.vocab, lead, edges, cache, kept}, team, note};
-        distill_row<G, D>(params, row, token, target_logit, part);
+        BlockPart<T> part{{{student, teacher}, p.vocab, lead, edges, cache, kept}, team};
+        distill_row<G, D>(params, row, token, target_logit, part, note);
     }
 }
 

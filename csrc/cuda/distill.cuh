@@ -59,10 +59,6 @@ struct Kept {
     }
 };
 
-struct Note {
-    float weight, hard;  // of the token, its hard loss
-};
-
 // A pass of its own over what is on chip: the passes that every training step makes stay lean.
 template <class Part>
 __device__ __forceinline__ void write_metrics(const LossParams& p, int64_t row, const Folded& folded, Part& part) {
@@ -95,10 +91,9 @@ __device__ __forceinline__ D make_divergence(const LossParams& p) {
 
 // A row whose loss is above kFarLoss: its sums and its gradient; false, and no gradient, for any other.
 template <class G, class D, class Part>
-__device__ __forceinline__ bool closed_row(const LossParams& p, const Folded& folded, const D& divergence, G* gradient,
-                                           float slope_factor, bool has_target, const HardTerm& hard, Part& part,
-                                           Sums<float>& sums) {
-    if (!p.row_loss && !gradient) return true;
+__device__ __forceinline__ bool closed_row(const LossParams& p, const Folded& folded, const D& divergence, int64_t row,
+                                           const TokenRow& token, Part& part, Sums<float>& sums) {
+    if (!p.row_loss && !p.gradient.data) return true;
     Closed<D> closed(folded, p.inverse_temperature, divergence);
     Kept<Part, Part::kKept> kept;
     if constexpr (Closed<D>::kSums) {
@@ -114,10 +109,12 @@ __device__ __forceinline__ bool closed_row(const LossParams& p, const Folded& fo
         sums.loss = closed.loss;
     }
     if (!(sums.loss > kFarLoss<float> && sums.loss < INFINITY)) return false;  // NaN isn't
-    if (!gradient) return true;
+    if (!p.gradient.data) return true;
 
-    closed.settle(sums, slope_factor);
-    specialised(has_target, [&](auto targets) {
+    G* const gradient = row_pointer<G>(p.gradient, row);
+    closed.settle(sums, token.factor * p.slope_weight);
+    specialised(token.target >= 0, [&](auto targets) {
+        const HardTerm hard(p, token, folded.hard);
         const auto write = [&](int element, auto& slopes, const auto& student) {
             if (decltype(targets)::value) hard.add(slopes, element, student);
             store(gradient + element, slopes);
@@ -147,9 +144,12 @@ __device__ __forceinline__ bool closed_row(const LossParams& p, const Folded& fo
 // Any row, by the divergence's own terms.
 template <class G, class D, class Part>
 __device__ __forceinline__ Sums<float> general_row(const LossParams& p, const Folded& folded, const D& divergence,
-                                                   G* gradient, float slope_factor, bool has_target,
-                                                   const HardTerm& hard, Part& part) {
+                                                   int64_t row, const TokenRow& token, Part& part) {
     const Points points(folded, p.inverse_temperature);
+    const HardTerm hard(p, token, folded.hard);
+    const float slope_factor = token.factor * p.slope_weight;
+    const bool has_target = token.target >= 0;
+    G* const gradient = p.gradient.data ? row_pointer<G>(p.gradient, row) : nullptr;
     const auto write = [&](int element, auto& slopes, const auto& student) {
         for (float& slope : slopes) slope = slope_factor == 0.f ? 0.f : slope * slope_factor;  // 0 weighs even NaN off
         if (has_target) hard.add(slopes, element, student);
@@ -207,11 +207,11 @@ __device__ __forceinline__ Sums<float> general_row(const LossParams& p, const Fo
 
 // `part` is this block's part of the row: part.first(body) and part.again(body) call body(element, {student, teacher})
 // over its elements (part.held and part.beyond over two halves of them, see Kept), part.merge(state, merger) joins the
-// states of all threads that work on the row, and part.note is memory of one thread's own for what is needed at the
-// end. G is the gradient's type.
+// states of all threads that work on the row, and `note` is memory of one thread's own for what is needed at the end. G
+// is the gradient's type.
 template <class G, class D, class Part>
 __device__ __forceinline__ void distill_row(const DistillParams& params, int64_t row, const TokenRow& token,
-                                            float target_logit, Part& part) {
+                                            float target_logit, Part& part, Note* note) {
     const LossParams& p = params.loss;
     const D divergence = make_divergence<D>(p);
     const float inverse_temperature = p.inverse_temperature;
@@ -231,17 +231,15 @@ __device__ __forceinline__ void distill_row(const DistillParams& params, int64_t
                      student_hard.state(1.f), folding.crossed(inverse_temperature)};
     Folded folded = part.merge(own, FoldedMerger<kStudentWeighs<D>>{inverse_temperature, folds_hard});
     if (!folds_hard) folded.hard = folded.student;
-    if (part.thread() == 0) *part.note = {token.weight, hard_loss(p, token, folded.hard, target_logit)};
-    const HardTerm hard(p, token, folded.hard);
+    if (part.thread() == 0) *note = {token.weight, hard_loss(p, token, folded.hard, target_logit)};
     if (p.wants_metrics()) write_metrics(p, row, folded, part);
 
-    G* const gradient = p.gradient.data ? row_pointer<G>(p.gradient, row) : nullptr;  // [width]
-    const float slope_factor = token.factor * p.slope_weight;
     Sums<float> sums;
-    const bool is_far = closed_row(p, folded, divergence, gradient, slope_factor, has_target, hard, part, sums);
-    if (!is_far) sums = general_row(p, folded, divergence, gradient, slope_factor, has_target, hard, part);
-    if (gradient) fill(gradient + p.vocab, p.width - p.vocab, 0.f, part.thread(), part.threads());
-    if (p.row_loss && part.thread() == 0) write_row_loss(p, row, part.note->weight, sums.loss, part.note->hard);
+    const bool is_far = closed_row<G>(p, folded, divergence, row, token, part, sums);
+    if (!is_far) sums = general_row<G>(p, folded, divergence, row, token, part);
+    if (p.gradient.data)
+        fill(row_pointer<G>(p.gradient, row) + p.vocab, p.width - p.vocab, 0.f, part.thread(), part.threads());
+    if (p.row_loss && part.thread() == 0) write_row_loss(p, row, note->weight, sums.loss, note->hard);
 }
 
 // The Hopper kernel's part, in distill_sm90.cu: false if the device has no clusters that can hold such rows, and then

@@ -123,6 +123,11 @@ struct HardTerm {
     }
 };
 
+// What one thread puts by while a row is at work.
+struct Note {
+    float weight, hard;  // of the token, its hard loss
+};
+
 // weight * (soft + hard)
 __device__ __forceinline__ void write_row_loss(const LossParams& p, int64_t row, float weight, float divergence,
                                                float hard) {
