@@ -183,17 +183,17 @@ def topk_loss(rows: int, vocab: int) -> Case:
         stored = pyalign.topk_logprobs(normal(rows, vocab), min(50, student.shape[1] - 1))
         return training(lambda: pyalign.topk_distillation_loss(student, stored), student)
 
-    needed, fixed = 2 * 2 * rows * vocab + 50 * 12 * rows, shared_bytes("topk_distill") + vocab // 8
+    needed = 2 * 2 * rows * vocab + 50 * 12 * rows
     return Case(
         f"top-k loss + gradient, k = 50, {rows} x {vocab}",
-        "topk_distill_rows<bfloat16, bfloat16>",
-        ((0, 16), (2, 8)),
+        "topk_distill_clusters<bfloat16, bfloat16>",
+        ((3, 8), (10, 8)),
         rows * vocab,
         needed,
         needed,
         0,
-        f"1 read, 1 pass over shared memory and, for {through_l2(fixed, 2 * vocab)}, L2, 1 write",
-        "one block of 512 threads a multiprocessor: reading, waiting and writing hardly overlap between rows",
+        "1 read of the row into a cluster's shared memory, 2 passes over it, 1 write",
+        "two blocks a multiprocessor, one row at work while the next arrives; a row's entries are one block's work",
         run,
     )
 

@@ -36,6 +36,7 @@ LIMITS = {
     "distill_clusters": Limit(GRADIENTS * DIVERGENCES, threads=256, blocks=2),
     "topk_rows": Limit(TYPES, threads=1024, blocks=1),
     "topk_distill_rows": Limit(GRADIENTS, threads=512, blocks=1),
+    "topk_distill_clusters": Limit(GRADIENTS, threads=256, blocks=2),
     "logprob_rows": Limit(2 * GRADIENTS, threads=1024, blocks=1),
     "scale_rows": Limit(TYPES, threads=256, blocks=4),
     "pair_items": Limit(TYPES, threads=512, blocks=2, static_shared=320),

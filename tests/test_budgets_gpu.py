@@ -40,7 +40,10 @@ from gpu_limits import LIMITS_OF, blocks_per_processor
 TARGETS = ("80", "86", "89", "90", "100", "120")
 TRITON_TARGETS = ("sm_80", "sm_90", "gfx942")
 COMMAND = "python tests/test_budgets_gpu.py"
-ROWS = {"distill_rows", "distill_clusters", "logprob_rows", "topk_rows", "topk_distill_rows", "scale_rows"}
+ROWS = {
+    "distill_rows", "distill_clusters", "logprob_rows", "topk_rows", "topk_distill_rows", "topk_distill_clusters",
+    "scale_rows",
+}  # fmt: skip
 
 pytestmark = pytest.mark.budgets
 

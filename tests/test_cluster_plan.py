@@ -32,12 +32,13 @@ class Plan(NamedTuple):
     shared: int  # bytes of a block
 
 
-def plan(vocab: int, width: int) -> Plan | None:
-    """For rows of ``vocab`` entries of ``width`` bytes."""
+def plan(vocab: int, width: int, rows: int = 2) -> Plan | None:
+    """For ``rows`` rows of ``vocab`` entries of ``width`` bytes: a pair or, with a bitmap beside it, one."""
+    bitmap = (vocab + 32 + 127) // 128 * 16 if rows == 1 else 0
     for blocks, stages in WISHES:
         for cluster in (1, 2, 4, 8, 16):
             capacity = -(-(vocab * width // 16) // cluster) + 1
-            shared = shared_bytes("cluster.cuh", "ClusterShared") + stages * 2 * capacity * 16
+            shared = shared_bytes("cluster.cuh", "ClusterShared") + bitmap + stages * rows * capacity * 16
             fits = blocks * (shared + H100.shared_reserved) <= H100.shared
             if shared <= H100.shared_of_block and fits:
                 return Plan(cluster, stages, blocks, shared)
@@ -66,6 +67,16 @@ def test_the_plans_are_tried_from_the_best():
 )
 def test_rows_of_real_vocabularies_are_held_so(vocab: int, width: int, expected: tuple[int, int, int]):
     found = plan(vocab, width)
+    assert found is not None
+    assert (found.cluster, found.stages, found.blocks) == expected
+
+
+@pytest.mark.parametrize(
+    ("vocab", "width", "expected"),
+    [(32000, 2, (2, 2, 2)), (128256, 2, (8, 2, 2)), (262144, 2, (16, 2, 2)), (128256, 4, (16, 2, 2))],
+)
+def test_rows_for_a_top_k_teacher_are_held_so(vocab: int, width: int, expected: tuple[int, int, int]):
+    found = plan(vocab, width, rows=1)
     assert found is not None
     assert (found.cluster, found.stages, found.blocks) == expected
 

@@ -73,7 +73,7 @@ def test_rows_move_in_16_bytes_and_nothing_goes_to_local_memory(
     build: Callable[[str], list[Built]], target: str
 ) -> None:
     loads = {"distill_rows", "logprob_rows", "topk_rows", "topk_distill_rows", "scale_rows", "reward_heads"}
-    stores = {"distill_rows", "distill_clusters", "topk_distill_rows", "scale_rows"}
+    stores = {"distill_rows", "distill_clusters", "topk_distill_rows", "topk_distill_clusters", "scale_rows"}
     for built in build(target):
         if not built.report:
             continue  # host code alone
@@ -85,8 +85,9 @@ def test_rows_move_in_16_bytes_and_nothing_goes_to_local_memory(
 
 
 def test_clusters_use_bulk_copies_and_distributed_shared_memory(build: Callable[[str], list[Built]]) -> None:
-    built = next(built for built in build(DEFAULT_TARGET) if built.source.stem == "distill_sm90")
-    for symbol, opcodes in instructions(built).items():
+    held = [built for built in build(DEFAULT_TARGET) if built.source.stem.endswith("_sm90")]
+    assert {built.source.stem for built in held} == {"distill_sm90", "topk_distill_sm90"}
+    for symbol, opcodes in (one for built in held for one in instructions(built).items()):
         assert count(opcodes, r"UBLKCP") > 0, symbol  # cp.async.bulk
         assert count(opcodes, r"SYNCS") > 0, symbol  # mbarrier
         assert count(opcodes, r"UCGABAR_ARV") > 0, symbol  # cluster barrier

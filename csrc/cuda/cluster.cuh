@@ -169,6 +169,7 @@ struct ClusterTeam {
 template <class T, int kRows>
 struct ClusterPart {
     static constexpr int kWidth = kLanes<T>, kKept = 32 / kWidth;  // in 32 registers
+    static constexpr bool kSkips = false;
 
     const T* rows[kRows];  // [vocab]
     const uint4* stage;    // [kRows, capacity], shared
