@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -161,6 +163,31 @@ def table(entries: list[_tables.Entry], gpu: str, index: int) -> _tables.Table:
     )
 
 
+def measured(engine: Any, gpu: str, device: torch.device, seconds: float) -> Iterator[tuple[_tables.Entry, list[str]]]:
+    """All that ``seconds`` suffice for; a quarter of them is kept for losses from hidden states."""
+    entries: list[_tables.Entry] = []
+    begin = time.monotonic()
+    for dtype, vocab in itertools.product(DTYPES, VOCABULARIES):
+        if time.monotonic() - begin > 0.75 * seconds:
+            print(f"left out for want of time: {_tables.DISTILL}, {short(dtype)}, rows of {vocab}")
+            continue
+        rows = LAUNCH_BYTES // (3 * vocab * dtype.itemsize)
+        for found in distill_entries(engine, vocab, dtype, rows, device, rounds=7):
+            entries.append(found[0])
+            yield found
+    # The row losses of chunks are laid out by what was just measured.
+    with tempfile.TemporaryDirectory() as directory, mock.patch.dict(os.environ):
+        partial = Path(directory, "table.json")
+        table(entries, gpu, device.index or 0).save(partial)
+        os.environ[_tables.VARIABLE] = str(partial)
+        for shape in SHAPES:
+            for case, divergence in linear_cases(device):
+                if time.monotonic() - begin > seconds:
+                    print(f"left out for want of time: {case.at(shape)}")
+                    continue
+                yield linear_entry(case.at(shape), divergence, device, rounds=5)
+
+
 def line(x: _tables.Entry, wrong: list[str]) -> str:
     shape = f"{x.rows} x {x.hidden} -> {x.vocab}" if x.hidden else f"{x.rows} x {x.vocab}"
     times = ", ".join(f"{name} {time:.3f}" for name, time in sorted(x.milliseconds.items(), key=lambda pair: pair[1]))
@@ -181,37 +208,15 @@ def main() -> None:
     if refusal:
         sys.exit(f"the CUDA kernels can't run here: {refusal}")
 
-    gpu, engine = torch.cuda.get_device_name(device), _backends.engine("cuda")
+    gpu = torch.cuda.get_device_name(device)
     out = options.out or Path(_tables.file_name(gpu))
     out.parent.mkdir(parents=True, exist_ok=True)
     entries: list[_tables.Entry] = []
-    failed, deadline = False, time.monotonic() + options.seconds
-
-    def keep(found: _tables.Entry, wrong: list[str]) -> None:
-        nonlocal failed
+    failed = False
+    for found, wrong in measured(_backends.engine("cuda"), gpu, device, options.seconds):
         failed |= bool(wrong)
         entries.append(found)
         print(line(found, wrong), flush=True)
-
-    for dtype in DTYPES:
-        for vocab in VOCABULARIES:
-            if time.monotonic() > deadline - options.seconds / 4:  # a quarter is for what follows
-                print(f"left out for want of time: {_tables.DISTILL}, {short(dtype)}, rows of {vocab}")
-                continue
-            rows = LAUNCH_BYTES // (3 * vocab * dtype.itemsize)
-            for found in distill_entries(engine, vocab, dtype, rows, device, rounds=7):
-                keep(*found)
-    # The row losses of chunks are laid out by what was just measured.
-    with tempfile.TemporaryDirectory() as directory:
-        partial = Path(directory, "table.json")
-        table(entries, gpu, device.index).save(partial)
-        os.environ[_tables.VARIABLE] = str(partial)
-        for shape in SHAPES:
-            for case, divergence in linear_cases(device):
-                if time.monotonic() > deadline:
-                    print(f"left out for want of time: {case.at(shape)}")
-                    continue
-                keep(*linear_entry(case.at(shape), divergence, device, rounds=5))
     table(entries, gpu, device.index).save(out)
     print(f"{len(entries)} entries for {gpu}: {out}")
     sys.exit(failed)

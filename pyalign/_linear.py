@@ -14,12 +14,16 @@ whose sum is wider than they are, runs in tiles of the vocabulary that stay in t
 - The row loss writes its gradient over the logits or, where products take 16 bits, in these: it is rounded once, and
   not written in 32 bits to be read again.
 - The gradient of the weight is summed over chunks in float32 (float64), whatever the operands are.
+
+On a GPU a chunk's row loss runs beside the products of the next (``_pipeline``) where that was measured to be faster
+(``_tables``). It takes the buffers of two chunks, so chunks are half as long.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -28,6 +32,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from pyalign import _pipeline
 from pyalign._shards import Shards, agree, of_group, sum_over
 from pyalign._types import accumulation_dtype
 
@@ -109,39 +114,64 @@ class RowLoss(Protocol):
 
     def reserve(self, layout: Layout, gathers: bool) -> None: ...
 
+    def project(self, tokens: Selection, buffers: Buffers) -> Tensor | None:
+        """What the logits are compared with (n, V), where that takes matrix products; in the workspace."""
+        ...
+
     def run(
-        self, logits: Tensor, tokens: Selection, buffers: Buffers, gradient: Tensor | None, want_loss: bool
+        self, logits: Tensor, other: Tensor | None, tokens: Selection, gradient: Tensor | None, want_loss: bool
     ) -> tuple[Tensor | None, ...]:
-        """Per-token results (n,) of logits (n, V); the gradient is written to ``gradient``, which may be the logits, or
-        of 16 bits."""
+        """Per-token results (n,) of logits (n, V), compared with what ``project`` gave; the gradient is written to
+        ``gradient``, which may be the logits, or of 16 bits."""
         ...
 
 
 # The workspace
 
 
+class _Matrix(NamedTuple):
+    rows: int | None
+    width: int
+    dtype: torch.dtype
+    lasts: bool
+
+    def bytes(self, chunk: int) -> int:
+        return (self.rows or chunk) * self.width * self.dtype.itemsize
+
+
 class Layout:
     """What the workspace holds: matrices with a row per token of the chunk, and such of a fixed number of rows."""
 
-    def __init__(self) -> None:
-        self._matrices: dict[str, tuple[int | None, int, torch.dtype]] = {}
+    def __init__(self, lanes: int = 1) -> None:
+        self.lanes = lanes  # chunks that are under way at once
+        self._matrices: dict[str, _Matrix] = {}
 
-    def add(self, name: str, width: int, dtype: torch.dtype, rows: int | None = None) -> None:
-        """``rows`` None: one per token. Rows are dense: ``Buffers`` gives out narrower ones too."""
-        self._matrices[name] = (rows, width, dtype)
+    def add(self, name: str, width: int, dtype: torch.dtype, rows: int | None = None, lasts: bool = False) -> None:
+        """``rows`` None: one per token. Rows are dense: ``Buffers`` gives out narrower ones too. What ``lasts`` from a
+        chunk's products to its gradients is there once for each lane."""
+        self._matrices[name] = _Matrix(rows, width, dtype, lasts)
 
-    def bytes(self, chunk: int) -> int:
-        return sum(_aligned((rows or chunk) * width * dtype.itemsize) for rows, width, dtype in self._matrices.values())
+    def bytes(self, chunk: int, lanes: int | None = None) -> int:
+        lanes = lanes or self.lanes
+        return sum(_aligned(x.bytes(chunk)) * (lanes if x.lasts else 1) for x in self._matrices.values())
 
-    def allocate(self, chunk: int, device: torch.device) -> Buffers:
+    def allocate(self, chunk: int, device: torch.device) -> list[Buffers]:
+        """Of each lane."""
         memory = torch.empty(self.bytes(chunk), dtype=torch.uint8, device=device)
-        parts: dict[str, Tensor] = {}
         begin = 0
-        for name, (rows, width, dtype) in self._matrices.items():
-            size = (rows or chunk) * width * dtype.itemsize
-            parts[name] = memory[begin : begin + size].view(dtype)
+
+        def next_part(matrix: _Matrix) -> Tensor:
+            nonlocal begin
+            size = matrix.bytes(chunk)
+            part = memory[begin : begin + size].view(matrix.dtype)
             begin += _aligned(size)
-        return Buffers(parts)
+            return part
+
+        lanes = [Buffers({name: next_part(x) for name, x in self._matrices.items()})]
+        for _ in range(1, self.lanes):
+            own = {name: next_part(x) for name, x in self._matrices.items() if x.lasts}
+            lanes.append(Buffers(lanes[0].parts | own))
+        return lanes
 
 
 class Buffers(NamedTuple):
@@ -171,22 +201,26 @@ def available_memory(device: torch.device) -> int:
     return 1 << 32
 
 
+def least_rows(count: int, device: torch.device) -> int:
+    """Of the smallest chunk."""
+    return min(max(count, 1), _LEAST_ROWS.get(device.type, _GPU_LEAST_ROWS))
+
+
 def chunk_rows(
     layout: Layout, count: int, workspace_bytes: int | None, device: torch.device, alone: bool = True
 ) -> int:
     """Tokens per chunk, the same for all but the last.
 
-    Without ``workspace_bytes``, as many as are enough, halved until the chunk is a quarter of the available memory or
-    the least: so the same call gives the same bits unless memory is short. (Ranks that share a vocabulary and not
-    ``alone`` don't look at their memory: their chunks must be the same.)
+    Without ``workspace_bytes``, as many as are enough, over all lanes, halved until the workspace is a quarter of the
+    available memory or the chunk the least: so the same call gives the same bits unless memory is short. (Ranks that
+    share a vocabulary and not ``alone`` don't look at their memory: their chunks must be the same.)
 
     Raises:
         ValueError: ``workspace_bytes`` doesn't hold the smallest chunk.
     """
-    count = max(count, 1)
-    least = min(count, _LEAST_ROWS.get(device.type, _GPU_LEAST_ROWS))
+    count, least = max(count, 1), least_rows(count, device)
     if workspace_bytes is None:
-        most = min(count, _ENOUGH_ROWS.get(device.type, _GPU_ENOUGH_ROWS))
+        most = min(count, _ENOUGH_ROWS.get(device.type, _GPU_ENOUGH_ROWS) // layout.lanes)
         while alone and most > least and layout.bytes(most) > available_memory(device) // 4:
             most = max(most // 2, least)
     else:
@@ -202,6 +236,12 @@ def chunk_rows(
     chunks = -(-count // most)
     even = -(-count // chunks)
     return min(most, -(-even // 16) * 16)
+
+
+def _hold_two(layout: Layout, count: int, workspace_bytes: int | None, device: torch.device) -> bool:
+    """Whether the workspace, or what ``chunk_rows`` would give it, holds two chunks of the smallest size."""
+    room = available_memory(device) // 4 if workspace_bytes is None else workspace_bytes
+    return layout.bytes(least_rows(count, device), lanes=2) <= room
 
 
 def shared_chunk_rows(
@@ -311,17 +351,17 @@ class Products:
     def reserve(self, layout: Layout, gathers: bool) -> None:
         p, tile, width = self.prefix, self.tile, self.width
         if gathers or self.hidden.dtype != self.dtype:
-            layout.add(p + "rows", width, self.dtype)
+            layout.add(p + "rows", width, self.dtype, lasts=self.wanted.gradient)
         if self.weight.dtype != self.dtype:
             layout.add(p + "weight", width, self.dtype, rows=tile)
-        layout.add(p + "logits", self.vocab, self.logits_dtype)
+        layout.add(p + "logits", self.vocab, self.logits_dtype, lasts=True)
         converts = self.wanted.gradient and self.gradient_dtype != self.dtype
         if converts or (self.mixed and not self.wide):
             layout.add(p + "tile", tile, self.dtype)
         if self.mixed and not self.wide:
             layout.add(p + "rest", tile, self.dtype)
         if self._has_gradient_buffer():
-            layout.add(p + "gradient", self.vocab, self.gradient_dtype)
+            layout.add(p + "gradient", self.vocab, self.gradient_dtype, lasts=True)
         narrow = not self.wide and self.dtype != self.sum_dtype
         if self.wanted.hidden:
             layout.add(p + "hidden_gradient", width, self.hidden_dtype)
@@ -485,6 +525,40 @@ class Outcome(NamedTuple):
     bias: Tensor | None
 
 
+class _Chunk:
+    """The steps of one chunk, which add what it gives to the outcome."""
+
+    def __init__(
+        self, products: Products, loss: RowLoss, wanted: Wanted, to: Outcome, tokens: Selection, buffers: Buffers
+    ) -> None:
+        self._products, self._loss, self._wanted, self._to = products, loss, wanted, to
+        self._tokens, self._buffers = tokens, buffers
+
+    def products(self) -> None:
+        self._rows = self._products.rows(self._tokens, self._buffers)
+        self._logits = self._products.project(self._rows, self._buffers)
+        self._other = self._loss.project(self._tokens, self._buffers)
+        wanted = self._wanted.gradient
+        self._gradient = self._products.gradient_buffer(self._logits, self._buffers) if wanted else None
+
+    def row_loss(self) -> None:
+        found = self._loss.run(self._logits, self._other, self._tokens, self._gradient, self._wanted.loss)
+        for to, values in zip(self._to.results, found, strict=True):
+            if values is not None:
+                self._tokens.put(to, values)
+
+    def gradients(self) -> None:
+        if self._gradient is None:
+            return
+        self._products.uncap(self._gradient, self._logits)
+        of_rows = self._products.add_gradients(
+            self._gradient, self._rows, self._buffers, self._to.weight, self._to.bias, self._tokens.begin == 0
+        )
+        if of_rows is not None:
+            assert self._to.hidden is not None
+            self._tokens.put(self._to.hidden, of_rows)
+
+
 def run(
     head: Projection,
     loss: RowLoss,
@@ -494,8 +568,10 @@ def run(
     result_dtypes: list[torch.dtype],
     widen: Widen | None = None,
     rounds: bool = True,
+    overlap: bool = False,
 ) -> Outcome:
-    """Runs ``loss`` over the logits of ``head``, chunk by chunk, and sums up the gradients. ``rounds``: see Products.
+    """Runs ``loss`` over the logits of ``head``, chunk by chunk, and sums up the gradients. ``rounds``: see Products;
+    ``overlap``: see ``_pipeline``, where there is memory for two chunks and no other rank to wait for.
 
     ``head.weight`` may be longer than its vocabulary ever gets: callers cut it, and fill up its gradient. Where it is
     a slice of a vocabulary that is split, the gradient of the hidden states is that of all slices.
@@ -509,6 +585,7 @@ def run(
     total = tokens.end
     shards = settings.shards
     if shards is None:
+        layout.lanes = 2 if overlap and _hold_two(layout, total, settings.workspace_bytes, device) else 1
         chunk = chunk_rows(layout, total, settings.workspace_bytes, device)
     else:
         chunk = shared_chunk_rows(layout, total, settings.workspace_bytes, device, shards)
@@ -537,25 +614,19 @@ def run(
             hidden_gradient = hidden_gradient.to(head.hidden.dtype)
         return Outcome(results, hidden_gradient, weight_sum, bias_sum)
 
-    buffers = layout.allocate(chunk, device)
-    for begin in range(0, total, chunk):
-        part = _part(tokens, begin, min(begin + chunk, total))
-        rows = products.rows(part, buffers)
-        logits = products.project(rows, buffers)
-        gradient = products.gradient_buffer(logits, buffers) if wanted.gradient else None
-        for to, values in zip(results, loss.run(logits, part, buffers, gradient, wanted.loss), strict=True):
-            if values is not None:
-                part.put(to, values)
-        if gradient is None:
-            continue
-        products.uncap(gradient, logits)
-        of_rows = products.add_gradients(gradient, rows, buffers, weight_sum, bias_sum, begin == 0)
-        if of_rows is not None:
-            assert hidden_gradient is not None
-            part.put(hidden_gradient, of_rows)
+    if chunk >= total:
+        layout.lanes = 1
+    outcome = Outcome(results, hidden_gradient, weight_sum, bias_sum)
+    lanes = itertools.cycle(layout.allocate(chunk, device))
+    parts = (_part(tokens, begin, min(begin + chunk, total)) for begin in range(0, total, chunk))
+    chunks = (_Chunk(products, loss, wanted, outcome, part, next(lanes)) for part in parts)
+    if layout.lanes > 1:
+        _pipeline.overlapped(chunks, _pipeline.beside(device))
+    else:
+        _pipeline.in_turn(chunks)
     if hidden_gradient is not None and shards is not None:
-        hidden_gradient = sum_over(hidden_gradient, shards).to(head.hidden.dtype)
-    return Outcome(results, hidden_gradient, weight_sum, bias_sum)
+        outcome = outcome._replace(hidden=sum_over(hidden_gradient, shards).to(head.hidden.dtype))
+    return outcome
 
 
 def finish_gradient(total: Tensor | None, like: Tensor) -> Tensor | None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyalign import _linear
+from pyalign import _linear, _tables
 from pyalign._backends import engine as distill_engine
 from pyalign._linear import Buffers, Layout, Products, Projection, Selection, Settings, Wanted, cut
 from pyalign._ops import FirstOrderOnly, define, functorch_is_active, refuse_forward_mode
@@ -68,9 +68,7 @@ class _Distill(NamedTuple):
     def reserve(self, layout: Layout, gathers: bool) -> None:
         self.teacher.reserve(layout, gathers or self.tokens.teacher_rows is not None)
 
-    def run(
-        self, logits: Tensor, tokens: Selection, buffers: Buffers, gradient: Tensor | None, want_loss: bool
-    ) -> tuple[Tensor | None, ...]:
+    def project(self, tokens: Selection, buffers: Buffers) -> Tensor:
         at, bad = tokens.maybe(self.tokens.teacher_rows), None
         if at is not None and tokens.mask is not None:  # on a GPU an out-of-range row gives NaN
             limit = self.teacher.hidden.shape[0]
@@ -79,8 +77,13 @@ class _Distill(NamedTuple):
         rows = self.teacher.rows(tokens, buffers, at)
         if bad is not None:
             rows.masked_fill_(bad[:, None], torch.nan)
+        return self.teacher.project(rows, buffers)
+
+    def run(
+        self, logits: Tensor, other: Tensor | None, tokens: Selection, gradient: Tensor | None, want_loss: bool
+    ) -> tuple[Tensor | None, ...]:
         return self.engine.distill(
-            logits, self.teacher.project(rows, buffers), _chunk_tokens(self.tokens, tokens, self.factor), self.options,
+            logits, other, _chunk_tokens(self.tokens, tokens, self.factor), self.options,
             gradient=gradient, want_loss=want_loss, want_metrics=self.want_metrics,
         )  # fmt: skip
 
@@ -98,8 +101,11 @@ class _TopKDistill(NamedTuple):
     def reserve(self, layout: Layout, gathers: bool) -> None:
         pass
 
+    def project(self, tokens: Selection, buffers: Buffers) -> None:
+        pass
+
     def run(
-        self, logits: Tensor, tokens: Selection, buffers: Buffers, gradient: Tensor | None, want_loss: bool
+        self, logits: Tensor, other: Tensor | None, tokens: Selection, gradient: Tensor | None, want_loss: bool
     ) -> tuple[Tensor | None, ...]:
         at = tokens.maybe(self.tokens.teacher_rows)
         logprobs, indices, residual, tail = self.teacher
@@ -128,8 +134,11 @@ class _CrossEntropy(NamedTuple):
     def reserve(self, layout: Layout, gathers: bool) -> None:
         pass
 
+    def project(self, tokens: Selection, buffers: Buffers) -> None:
+        pass
+
     def run(
-        self, logits: Tensor, tokens: Selection, buffers: Buffers, gradient: Tensor | None, want_loss: bool
+        self, logits: Tensor, other: Tensor | None, tokens: Selection, gradient: Tensor | None, want_loss: bool
     ) -> tuple[Tensor | None, ...]:
         per_token = self.factor.dim() == 1
         loss = self.engine.cross_entropy(
@@ -155,8 +164,11 @@ class _Logprob(NamedTuple):
     def reserve(self, layout: Layout, gathers: bool) -> None:
         pass
 
+    def project(self, tokens: Selection, buffers: Buffers) -> None:
+        pass
+
     def run(
-        self, logits: Tensor, tokens: Selection, buffers: Buffers, gradient: Tensor | None, want_loss: bool
+        self, logits: Tensor, other: Tensor | None, tokens: Selection, gradient: Tensor | None, want_loss: bool
     ) -> tuple[Tensor | None, ...]:
         options = (self.ignore_index, self.temperature, self.softcap)
         targets = tokens.of(self.targets)
@@ -264,6 +276,16 @@ class _Parsed(NamedTuple):
         shards = self.settings.shards
         return vocab if shards is None else shards.cut(vocab).sizes[shards.rank]
 
+    def overlaps(self, op: str, divergence: str = "") -> bool:
+        """Whether row losses run beside products: on GPUs where that was measured, with logits of 32 bits."""
+        hidden, settings = self.head.hidden, self.settings
+        if self.backend != "cuda" or settings.group is not None or settings.logits_dtype != torch.float32:
+            return False
+        tokens, width = hidden.shape
+        tokens = tokens if settings.num_valid is None else min(tokens, settings.num_valid)
+        dtype, vocab = settings.gemm_dtype or hidden.dtype, self.head.weight.shape[0]
+        return _tables.overlaps(op, hidden.device, dtype, divergence, tokens, width, vocab)
+
     def vocab(self) -> int:
         shards = self.settings.shards
         return self.head.weight.shape[0] if shards is None else shards.vocab
@@ -339,6 +361,7 @@ def _distillation(arguments: tuple[Any, ...], top_k: bool) -> list[Tensor]:
         parsed.wanted,
         [dtype, dtype, torch.bool],
         _widen(parsed.backend),
+        overlap=parsed.overlaps("linear_topk_distill" if top_k else "linear_distill", options.divergence),
     )
     row_loss, entropy, agreement = outcome.results
     total = _reduce(row_loss, tokens.reduction, denominator) if parsed.wanted.loss else None
@@ -377,8 +400,9 @@ def _cross_entropy(arguments: tuple[Any, ...]) -> list[Tensor]:
     dtype = accumulation_dtype(parsed.settings.logits_dtype)
     bare = head._replace(softcap=None)
     outcome = _linear.run(
-        bare, loss, counted, parsed.settings, parsed.wanted, [dtype], _widen(parsed.backend), rounds=factor.dim() == 0
-    )
+        bare, loss, counted, parsed.settings, parsed.wanted, [dtype], _widen(parsed.backend),
+        rounds=factor.dim() == 0, overlap=parsed.overlaps("linear_cross_entropy"),
+    )  # fmt: skip
     total = _reduce(outcome.results[0], reduction, denominator) if parsed.wanted.loss else None
     return _outputs(parsed, total, outcome, [], record)
 
@@ -404,7 +428,10 @@ def _logprobs(arguments: tuple[Any, ...]) -> list[Tensor]:
     loss = _Logprob(rows, targets, ignore_index, temperature, head.softcap, upstreams, parsed.want_extra)
     dtype = accumulation_dtype(parsed.settings.logits_dtype)
     bare = head._replace(softcap=None)
-    outcome = _linear.run(bare, loss, counted, parsed.settings, parsed.wanted, [dtype, dtype], _widen(parsed.backend))
+    outcome = _linear.run(
+        bare, loss, counted, parsed.settings, parsed.wanted, [dtype, dtype], _widen(parsed.backend),
+        overlap=parsed.overlaps("linear_logprob"),
+    )  # fmt: skip
     logprob, entropy = outcome.results
     extra = [entropy] if parsed.want_extra else []
     return _outputs(parsed, logprob if parsed.wanted.loss else None, outcome, extra, record)

@@ -79,6 +79,34 @@ def test_chunks_in_turn_and_overlapped_are_measured(program: Any, monkeypatch: p
         assert set(x.milliseconds) == set(_tables.LINEAR_CHOICES)
 
 
+@pytest.fixture
+def small(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shape at a size that a CPU runs in a moment, in a GPU's dtype."""
+    monkeypatch.setattr(program, "VOCABULARIES", (64, 100))
+    monkeypatch.setattr(program, "LAUNCH_BYTES", 10_000)
+    monkeypatch.setattr(program, "SHAPES", ({"tokens": 4, "hidden": 8, "vocab": 60},))
+    monkeypatch.setattr(program.linear, "_dtypes", lambda device: [torch.bfloat16])
+
+
+@pytest.mark.usefixtures("small")
+def test_a_whole_run(program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.delenv(_tables.VARIABLE, raising=False)
+    found = list(program.measured(Engine(), "A GPU", CPU, 90.0))
+    assert len(found) == 2 * 2 * len(DIVERGENCES) + len(program.linear_cases(CPU))
+    assert os.environ.get(_tables.VARIABLE) is None
+    written = program.table([x for x, _ in found], "A GPU", 0)
+    written.save(tmp_path / "table.json")
+    assert _tables.load(tmp_path / "table.json") == written
+
+
+@pytest.mark.usefixtures("small")
+def test_what_there_is_no_time_for_is_named(program: Any, capsys: pytest.CaptureFixture[str]):
+    assert not list(program.measured(Engine(), "A GPU", CPU, -1.0))
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 * 2 + len(program.linear_cases(CPU))
+    assert printed[0] == "left out for want of time: distill, bfloat16, rows of 64"
+
+
 def test_without_a_gpu_it_says_what_is_missing(tmp_path: Path):
     result = subprocess.run(
         [sys.executable, str(PROGRAM), "--out", str(tmp_path / "table.json")],

@@ -384,7 +384,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     given: list[int] = []
     real = _linear.Layout.allocate
 
-    def allocate(self: _linear.Layout, chunk: int, device: torch.device) -> _linear.Buffers:
+    def allocate(self: _linear.Layout, chunk: int, device: torch.device) -> list[_linear.Buffers]:
         given.append(self.bytes(chunk))
         return real(self, chunk, device)
 
