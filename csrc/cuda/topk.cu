@@ -5,9 +5,10 @@
 //      largest of these is a threshold that at least k logits reach, and few more: every thread saw another part.
 //   2. The sample once more, from L1 or L2, then all that lies between. What reaches the threshold becomes a candidate,
 //      everything else is folded into the rest. Of n threads' samples, n log(n / (n - k)) logits reach the threshold,
-//      of a long row 4 times as many: for 512 threads and k = 50 about 210, for k = 256 about 1420. At least 2404 find
-//      room. A row that has more, because its large logits escaped the sample, is read again by rounds; what a round
-//      adds always finds room, and is thinned before the next.
+//      of a long row 4 times as many: for 512 threads and k = 50 about 210; for k = 256 about 1420, or 1100 where those
+//      of the sample are thinned first. 512 threads have room for 2404 or more. A row with more candidates than room
+//      (its large logits escaped the sample) is read again, a round at a time: those of a round always find room, and
+//      are thinned before the next.
 //   3. Candidates are thinned by bisection to little more than k (it ends: keys hold the index, so no two are equal)
 //      and ranked by counting the larger ones. Those past the k-th join the rest.
 //
@@ -22,8 +23,10 @@ namespace pyalign::cuda {
 namespace {
 
 constexpr int kMostThreads = 512, kMostK = 256;
-constexpr int kEvery = 4;                         // of a long row's rounds, one of so many is sampled
-constexpr int kSampled = 4, kBatch = kEvery - 1;  // vectors in flight
+constexpr int kEvery = 4;  // of a long row's rounds, one of so many is sampled
+
+// Vectors of a thread in flight.
+constexpr int kSampled = 4, kBatch = kEvery - 1;
 
 // Candidates that are not thinned any further: little more than k, so that bisection ends early.
 __host__ __device__ constexpr int enough(int k) { return k + k / 4 + 4; }
@@ -156,6 +159,17 @@ __device__ __forceinline__ float largest_over(const uint4 (&raw)[N]) {
     return largest_of<T>(largest);
 }
 
+template <class T, int N>
+__device__ __forceinline__ void unpack_all(const uint4 (&raw)[N], float (&x)[N * kLanes<T>]) {
+#pragma unroll
+    for (int b = 0; b < N; ++b) {
+        float part[kLanes<T>];
+        unpack<T>(raw[b], part);
+#pragma unroll
+        for (int i = 0; i < kLanes<T>; ++i) x[b * kLanes<T> + i] = part[i];
+    }
+}
+
 // body(i, raw) for kBatch vectors at a time, from i on and `spacing` apart; those not below `end` are -inf throughout.
 // Where they aren't read again, others are to stay in the caches.
 template <class T, int kBatch, bool kAgain, class Body>
@@ -164,7 +178,7 @@ __device__ __forceinline__ void visit(const uint4* vectors, int first, int spaci
         uint4 raw[kBatch];
 #pragma unroll
         for (int b = 0; b < kBatch; ++b) {
-            const uint4* const at = vectors + min(i + b * spacing, end - 1);
+            const uint4* const at = vectors + (b == 0 ? i : min(i + b * spacing, end - 1));
             raw[b] = kAgain ? __ldca(at) : __ldcs(at);
         }
         if (i + (kBatch - 1) * spacing >= end) {
@@ -286,7 +300,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
                 const int end = by_round ? min((part + 1) * threads, split.vectors) : split.vectors;
                 const int step = part > 0 ? every * threads : kBatch * spacing;
                 visit<T, kBatch, false>(vectors, first, spacing, step, end, [&](int i, uint4(&raw)[kBatch]) {
-                    float largest = largest_over<T>(raw), values[kBatch * kLanes<T>];
+                    float largest = largest_over<T>(raw);
                     if (largest >= threshold.at(split.head + i * kLanes<T>)) {
 #pragma unroll
                         for (int b = 0; b < kBatch; ++b) {
@@ -301,13 +315,8 @@ __global__ void __launch_bounds__(kMostThreads, 2)
                         }
                         largest = largest_over<T>(raw);
                     }
-#pragma unroll
-                    for (int b = 0; b < kBatch; ++b) {
-                        float few[kLanes<T>];
-                        unpack<T>(raw[b], few);
-#pragma unroll
-                        for (int lane = 0; lane < kLanes<T>; ++lane) values[b * kLanes<T> + lane] = few[lane];
-                    }
+                    float values[kBatch * kLanes<T>];
+                    unpack_all<T>(raw, values);
                     folding.fold(values, largest, inverse_temperature);
                 });
                 if (part == 0 && edge >= 0) {
