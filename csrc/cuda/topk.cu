@@ -307,11 +307,11 @@ __global__ void __launch_bounds__(kMostThreads, 2)
                             const int at = i + b * spacing, element = split.head + at * kLanes<T>;
                             const float bound = threshold.at(element);
                             if (at >= end || !(largest_of<T>(raw[b]) >= bound)) continue;
-                            float few[kLanes<T>];
-                            unpack<T>(raw[b], few);
+                            float entries[kLanes<T>];
+                            unpack<T>(raw[b], entries);
 #pragma unroll
-                            for (int lane = 0; lane < kLanes<T>; ++lane) take(few[lane], element + lane, bound);
-                            raw[b] = pack<T>(few);
+                            for (int lane = 0; lane < kLanes<T>; ++lane) take(entries[lane], element + lane, bound);
+                            raw[b] = pack<T>(entries);
                         }
                         largest = largest_over<T>(raw);
                     }
@@ -326,7 +326,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
                 }
                 __syncthreads();
                 found = shared.found;
-                __syncthreads();
+                __syncthreads();  // nobody adds to it before all have read it
                 if (found > room) break;
                 if (found > enough(k)) low = thin(shared, candidates, found, k, evicted, inverse_temperature, team);
             }
