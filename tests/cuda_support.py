@@ -34,7 +34,7 @@ GRADIENTS = TYPES + 2  # of logits and gradient: the same or, for float32 logits
 LIMITS = {
     "distill_rows": Limit(GRADIENTS * DIVERGENCES, threads=512, blocks=1),
     "distill_clusters": Limit(GRADIENTS * DIVERGENCES, threads=256, blocks=2),
-    "topk_rows": Limit(TYPES, threads=1024, blocks=1),
+    "topk_rows": Limit(TYPES, threads=512, blocks=2),
     "topk_distill_rows": Limit(GRADIENTS, threads=512, blocks=1),
     "topk_distill_clusters": Limit(GRADIENTS, threads=256, blocks=2),
     "logprob_rows": Limit(2 * GRADIENTS, threads=1024, blocks=1),

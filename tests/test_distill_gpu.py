@@ -129,6 +129,43 @@ def test_top_k_of_long_rows(engine: Engine, dtype: torch.dtype, vocab: int, k: i
     assert_close(ours, truth(student, stored), dtype, slack=2.0)
 
 
+# Around 8 vectors a thread, from where on a sample is a part of the row, and beyond; rows that start anywhere.
+@pytest.mark.parametrize("k", [50, 256])
+@pytest.mark.parametrize("vocab", [16383, 32768, 32801, 128257, 200_001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@on_gpu
+def test_top_k_wherever_the_large_logits_are(engine: Engine, dtype: torch.dtype, vocab: int, k: int):
+    """The largest, equals by lowest index, and the same bits every time, in whatever order threads find candidates."""
+    place, noise = torch.arange(vocab), student_and_teacher(vocab)[0]
+    rows = torch.stack(
+        [
+            noise,
+            place / 1000,
+            -place / 1000,
+            torch.zeros(vocab),
+            noise.masked_fill(place % (vocab // 10) != 7, -torch.inf),
+            noise + 30 * (place // (vocab // 7) == 3),
+            noise - 20 * (place // 2048 % 4 == 0),
+            noise - 20 * (place // 4096 % 4 == 0),
+        ]
+    ).to(dtype)
+    x = rows.to(engine.device).repeat(40, 1)
+    with engine():
+        logprobs, indices, residual, _ = topk_logprobs(x, k)
+        again = topk_logprobs(x, k)
+    with pyalign.backend("reference"):
+        expected = topk_logprobs(rows.double(), k)
+    assert residual is not None
+    assert again.residual is not None
+    assert expected.residual is not None
+    assert torch.equal(logprobs, again.logprobs)
+    assert torch.equal(indices, again.indices)
+    assert torch.equal(residual, again.residual)
+    assert torch.equal(indices.cpu(), expected.indices.repeat(40, 1))
+    torch.testing.assert_close(logprobs.cpu().double(), expected.logprobs.repeat(40, 1), rtol=0, atol=4e-6)
+    torch.testing.assert_close(residual.cpu().double(), expected.residual.repeat(40), rtol=0, atol=4e-6)
+
+
 @on_gpu
 def test_more_rows_than_a_grid_dimension_holds(engine: Engine):
     student, teacher = student_and_teacher(70_000, 17, device=engine.device)

@@ -275,24 +275,44 @@ def test_topk_logprobs_of_real_vocabularies(dtype: torch.dtype, vocab: int, k: i
     check_topk(ENGINES[0], logits(2, vocab, dtype=dtype), k, 1.0)
 
 
-@pytest.mark.parametrize(
-    "order", ["ascending", "descending", "equal", "one peak", "peaks", "few finite", "outlier", "sawtooth"]
+ORDERS = (
+    "ascending",
+    "descending",
+    "equal",
+    "one peak",
+    "peaks",
+    "few finite",
+    "ten finite",
+    "ruled out",
+    "outlier",
+    "sawtooth",
+    "cluster",
+    "out of sample",
 )
+
+
+@pytest.mark.parametrize(("n", "k"), [(5000, 64), (20011, 9), (20011, 256)], ids=name_of)
+@pytest.mark.parametrize("order", ORDERS)
 @quick_engine
-def test_topk_logprobs_of_adversarial_rows(engine: Engine, order: str):
+def test_topk_logprobs_of_adversarial_rows(engine: Engine, order: str, n: int, k: int):
     """Orders that make a threshold or a buffer of candidates work hardest."""
-    n = 5000
+    place = torch.arange(n)
+    noise = logits(n)
     x = {
         "ascending": torch.linspace(-5, 5, n),
         "descending": torch.linspace(5, -5, n),
         "equal": torch.zeros(n),
         "one peak": torch.full((n,), -30.0).index_fill(0, torch.tensor([n - 1]), 30.0),
         "peaks": torch.zeros(n).index_fill(0, torch.arange(n - 64, n), 150.0),  # the rest at e^-150
-        "few finite": torch.full((n,), -math.inf).index_fill(0, torch.arange(0, n, 120), 1.0),  # fewer than k
-        "outlier": torch.arange(n).cos().index_fill(0, torch.tensor([7]), -3e38),
-        "sawtooth": torch.arange(n).remainder(97) / 10,
+        "few finite": torch.full((n,), -math.inf).index_fill(0, torch.arange(0, n, 120), 1.0),
+        "ten finite": noise.masked_fill(place % (n // 10) != 7, -math.inf),
+        "ruled out": noise.masked_fill(place > n // 5, -math.inf),
+        "outlier": place.cos().index_fill(0, torch.tensor([7]), -3e38),
+        "sawtooth": place.remainder(97) / 10,
+        "cluster": noise + 30 * (place // (n // 7) == 3),  # more than find room
+        "out of sample": noise - 20 * (place // 512 % 4 == 0),  # every fourth round of 128 vectors
     }[order]
-    check_topk(engine, torch.stack([x, x.flip(0)]), 64, 1.0)
+    check_topk(engine, torch.stack([x, x.flip(0)]), k, 1.0)
 
 
 def check_topk(engine: Engine, x: Tensor, k: int, temperature: float) -> None:
