@@ -221,7 +221,7 @@ def logprob_case(rows: int, vocab: int, backward: bool) -> Case:
         needed,
         0,
         "1 read forward, 1 read and 1 write backward, from the stored state" if backward else "1 read",
-        "4 blocks of 256 threads, two vectors each in flight: 32 KB a multiprocessor, and a row's end beside others' middle",
+        "4 blocks of 256 threads, 2 vectors each in flight: 32 KB a multiprocessor; a row's end falls into others' middle",
         run,
     )
 

@@ -518,10 +518,14 @@ struct ThreadRange {
 RowPlan plan_rows(const Device& device, int rows, int64_t vocab, int element_size, ThreadRange threads, size_t fixed,
                   int64_t count);
 
+struct SharedBytes {
+    size_t fixed, per_thread = 0;
+};
+
 // For rows that are read once and not kept: several blocks on every multiprocessor, `per_processor` threads together,
 // so that one row's beginning and end fall into the middle of others and memory is never idle.
 RowPlan plan_stream(const Device& device, int64_t vocab, int element_size, ThreadRange threads, int per_processor,
-                    size_t fixed, int64_t count);
+                    SharedBytes shared, int64_t count);
 
 int element_size(Dtype dtype, const char* op);
 

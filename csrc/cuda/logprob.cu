@@ -213,9 +213,9 @@ void launch_rows(const LogprobArgs& args, cudaStream_t stream) {
     const bool twice = args.gradient.data && !args.given_state;
     const Device& device = current_device();
     const RowPlan plan =
-        twice
-            ? plan_rows(device, 1, options.vocab, sizeof(T), {1, kMostThreads}, kFixedBytes, args.count)
-            : plan_stream(device, options.vocab, sizeof(T), {1, kStreamThreads}, kMostThreads, kFixedBytes, args.count);
+        twice ? plan_rows(device, 1, options.vocab, sizeof(T), {1, kMostThreads}, kFixedBytes, args.count)
+              : plan_stream(device, options.vocab, sizeof(T), {1, kStreamThreads}, kMostThreads, {kFixedBytes},
+                            args.count);
     const auto kernel = params.softcap.caps() ? logprob_rows<T, G, true> : logprob_rows<T, G, false>;
     check(launch({plan.blocks, plan.threads, plan.shared, stream}, kernel, params, plan.kept), "logprob_rows");
 }

@@ -86,12 +86,12 @@ RowPlan plan_rows(const Device& device, int rows, int64_t vocab, int element_siz
 }
 
 RowPlan plan_stream(const Device& device, int64_t vocab, int element_size, ThreadRange threads, int per_processor,
-                    size_t fixed, int64_t count) {
+                    SharedBytes shared, int64_t count) {
     RowPlan plan{};
     plan.threads = threads_for(vocab * element_size / 16 + 1, threads);
-    plan.shared = fixed;
-    plan.blocks_per_processor = std::min(
-        {per_processor / plan.threads, 16, device.shared_per_processor / (int(fixed) + device.shared_reserved)});
+    plan.shared = shared.fixed + shared.per_thread * size_t(plan.threads);
+    const int fit = device.shared_per_processor / (int(plan.shared) + device.shared_reserved);
+    plan.blocks_per_processor = std::min({per_processor / plan.threads, 16, fit});
     plan.blocks = std::min(count, int64_t{device.processors} * plan.blocks_per_processor);
     return plan;
 }

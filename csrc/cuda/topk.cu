@@ -15,8 +15,6 @@
 // So the rest is a log-sum-exp over the rest, and nothing is subtracted from 1. Candidates arrive in no fixed order,
 // and the results may not show it: a threshold depends on the set of candidates alone, what is thinned out is summed in
 // fixed point, and what is ranked is folded by rank.
-#include <algorithm>
-
 #include "cuda/common.cuh"
 
 namespace pyalign::cuda {
@@ -376,26 +374,6 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     }
 }
 
-// ---- Layout and launch ----
-
-struct Layout {
-    int threads, blocks_per_processor;
-    size_t shared;
-};
-
-// Short rows: several blocks of a few warps. No fewer threads than leave the threshold sharp.
-Layout layout_of(const Device& device, int64_t vocab, int element_size, int k) {
-    constexpr int kVectorsPerThread = 12;
-    const int64_t vectors = vocab * element_size / 16 + 1;
-    Layout layout{64, 0, 0};
-    while (layout.threads < kMostThreads && (layout.threads < 4 * k || layout.threads * kVectorsPerThread < vectors))
-        layout.threads *= 2;
-    layout.shared = sizeof(Shared) + sizeof(Key) * size_t(room_for(layout.threads, 16 / element_size));
-    const int fit = device.shared_per_processor / (int(layout.shared) + device.shared_reserved);
-    layout.blocks_per_processor = std::min({2 * kMostThreads / layout.threads, 16, fit});
-    return layout;
-}
-
 }  // namespace
 
 void topk(const TopKArgs& args, cudaStream_t stream) {
@@ -409,11 +387,12 @@ void topk(const TopKArgs& args, cudaStream_t stream) {
     if (args.count == 0) return;
     with_type(args.logits.dtype, [&](auto type) {
         using T = decltype(type);
-        const Device& device = current_device();
         const int k = int(args.k);
-        const Layout layout = layout_of(device, args.vocab, sizeof(T), k);
-        const int64_t blocks = std::min(args.count, int64_t{device.processors} * layout.blocks_per_processor);
-        check(launch({blocks, layout.threads, layout.shared, stream}, topk_rows<T>, args.logits, args.count,
+        const SharedBytes shared{sizeof(Shared) + sizeof(Key) * room_for(0, kLanes<T>), sizeof(Key) * kLanes<T>};
+        // No fewer threads than leave the threshold sharp.
+        const RowPlan plan = plan_stream(current_device(), args.vocab, sizeof(T), {4 * k, kMostThreads},
+                                         2 * kMostThreads, shared, args.count);
+        check(launch({plan.blocks, plan.threads, plan.shared, stream}, topk_rows<T>, args.logits, args.count,
                      int(args.vocab), k, float(1 / args.temperature), static_cast<float*>(args.logprobs), args.indices,
                      static_cast<float*>(args.residual)),
               "topk_rows");
