@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -141,21 +140,6 @@ def distillation(
     )
 
 
-SHARED = 227 << 10  # bytes that a block may have
-
-
-def shared_bytes(stem: str) -> int:
-    """sizeof(Shared) in ``csrc/cuda/<stem>.cu``, where the compiler checks it."""
-    source = (HERE.parent / "csrc" / "cuda" / f"{stem}.cu").read_text()
-    (size,) = re.findall(r"static_assert\(sizeof\(Shared\) == (\d+)\)", source)
-    return int(size)
-
-
-def through_l2(fixed: int, row: int) -> str:
-    """The share of a row that one block a multiprocessor doesn't keep in shared memory (plan_rows in runtime.cu)."""
-    return f"{max(row - (SHARED - fixed), 0) / row:.0%}"
-
-
 def topk_case(rows: int, vocab: int, dtype: torch.dtype, name: str) -> Case:
     def run() -> Callable[[], object]:
         x = normal(rows, vocab, dtype=dtype)
@@ -221,7 +205,7 @@ def logprob_case(rows: int, vocab: int, backward: bool) -> Case:
         needed,
         0,
         "1 read forward, 1 read and 1 write backward, from the stored state" if backward else "1 read",
-        "4 blocks of 256 threads, 2 vectors each in flight: 32 KB a multiprocessor; a row's end falls into others' middle",
+        "4 blocks of 256 threads, 2 vectors each in flight: 32 KB a multiprocessor; rows end while others stream",
         run,
     )
 
@@ -370,7 +354,7 @@ def cases() -> list[Case]:
     third = "a third pass: the slope needs a sum over the row first; it finds q - p's sign in registers"
     longer = "rows of 1 MB leave room for one stage: copies overlap with the other block's arithmetic alone"
     jsd = "a third pass, which finds log m/q in registers: 6 values of MUFU a pair, 8 if it took them again"
-    two, fold, sum_and_map = ((1, 8), (9, 16)), ((1, 8),), ((0, 8), (9, 8))
+    two, fold, sum_and_map = ((1, 8), (9, 8)), ((1, 8),), ((0, 8), (9, 8))
     bfloat16 = torch.bfloat16
     return [
         distillation(8192, 128256, "forward_kl", "ForwardKL", two, kl),
