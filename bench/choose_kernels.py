@@ -3,9 +3,9 @@
     python bench/choose_kernels.py --out table.json       90 seconds at most, on a GPU; bench/gpu_check.sh runs it
     PYALIGN_KERNEL_TABLE=table.json python train.py       uses it; in pyalign/kernel_tables it is everybody's
 
-The dense distillation kernel: every layout that fits, at vocabularies of real models. Losses from hidden states:
-chunks in turn, and a chunk's row loss beside the products of the next. All that can be chosen takes turns, and has to
-give what the rule's choice gives; what doesn't is left out of the table, and the exit code is 1.
+The distillation kernels, dense and top-k: every layout that fits, at vocabularies of real models. Losses from hidden
+states: chunks in turn, and a chunk's row loss beside the products of the next. All that can be chosen takes turns, and
+has to give what the rule's choice gives; what doesn't is left out of the table, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from pyalign.benchmark.measure import Upstream, step
 
 VOCABULARIES = (128256, 151936, 32000, 50304, 262144)
 DTYPES = (torch.bfloat16, torch.float32)
+TOP_K = 50
 LAUNCH_BYTES = 4 << 30  # of both sides' logits and the gradient: more than a millisecond of any GPU
 SHAPES = (
     {"tokens": 8192, "hidden": 4096, "vocab": 128256},
@@ -74,30 +75,42 @@ def agree(found: Results, expected: Results, dtype: torch.dtype) -> bool:
     return True
 
 
-# ---- The dense distillation kernel ----
+# ---- The distillation kernels ----
 
 
 def distill_entries(
     engine: Any, vocab: int, dtype: torch.dtype, rows: int, device: torch.device, rounds: int
 ) -> Iterator[tuple[_tables.Entry, list[str]]]:
-    """Loss and gradient of ``rows`` rows by every layout that fits, and which of them are wrong."""
+    """Loss and gradient of ``rows`` rows by every layout that fits, dense and top-k, and which of them are wrong."""
     student, teacher = (torch.randn(rows, vocab, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
+    stored = engine.topk(teacher, min(TOP_K, vocab - 1), 1.0)
     gradient = torch.empty_like(student)
+    wanted = {"gradient": gradient, "want_loss": True, "want_metrics": False}
+    index = device.index or 0
 
-    def run(layout: str, options: Options) -> Results:
-        wanted = {"gradient": gradient, "want_loss": True, "want_metrics": False}
+    def dense(options: Options) -> Tensor:
+        return engine.distill(student, teacher, Tokens(), options, **wanted).loss
+
+    def top_k(options: Options) -> Tensor:
+        return engine.topk_distill(student, *stored, "bucket", Tokens(), options, **wanted).loss
+
+    def run(layout: str, loss: Callable[[Options], Tensor], options: Options) -> Results:
         with _tables.use(distill=layout):
-            loss = engine.distill(student, teacher, Tokens(), options, **wanted).loss
-        return [loss, gradient]
+            return [loss(options), gradient]
+
+    def measured(
+        op: str, divergence: str, layouts: list[_tables.Layout], loss: Callable[[Options], Tensor]
+    ) -> tuple[_tables.Entry, list[str]]:
+        names = [_tables.layout_name(x) for x in layouts]
+        options = Options(vocab, divergence or "forward_kl")
+        candidates = {name: functools.partial(run, name, loss, options) for name in names}
+        times, wrong = choose(candidates, names[0], dtype, device, rounds)
+        about = {"op": op, "dtype": short(dtype), "divergence": divergence, "rows": rows, "vocab": vocab}
+        return entry(about, 0, names[0], times), wrong
 
     for divergence in DIVERGENCES:
-        layouts = engine.distill_layouts(vocab, dtype, divergence, device.index or 0)
-        names = [_tables.layout_name(x) for x in layouts]
-        options = Options(vocab, divergence)
-        candidates = {name: functools.partial(run, name, options) for name in names}
-        times, wrong = choose(candidates, names[0], dtype, device, rounds)
-        about = {"op": _tables.DISTILL, "dtype": short(dtype), "divergence": divergence, "rows": rows, "vocab": vocab}
-        yield entry(about, 0, names[0], times), wrong
+        yield measured(_tables.DISTILL, divergence, engine.distill_layouts(vocab, dtype, divergence, index), dense)
+    yield measured(_tables.TOPK_DISTILL, "", engine.topk_distill_layouts(vocab, dtype, index), top_k)
 
 
 def entry(about: dict[str, Any], hidden: int, rule: str, times: dict[str, float]) -> _tables.Entry:
@@ -169,7 +182,7 @@ def measured(engine: Any, gpu: str, device: torch.device, seconds: float) -> Ite
     begin = time.monotonic()
     for dtype, vocab in itertools.product(DTYPES, VOCABULARIES):
         if time.monotonic() - begin > 0.75 * seconds:
-            print(f"left out for want of time: {_tables.DISTILL}, {short(dtype)}, rows of {vocab}")
+            print(f"left out for want of time: distillation, {short(dtype)}, rows of {vocab}")
             continue
         rows = LAUNCH_BYTES // (3 * vocab * dtype.itemsize)
         for found in distill_entries(engine, vocab, dtype, rows, device, rounds=7):

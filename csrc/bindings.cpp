@@ -61,9 +61,6 @@ DistillOptions options(const py::tuple& t) {
             t[4].cast<bool>(),    t[5].cast<double>()};
 }
 
-// (cluster, stages)
-Layout layout(const py::tuple& t) { return {t[0].cast<int>(), t[1].cast<int>()}; }
-
 // (stage, states, sums)
 Split split(const py::tuple& t) {
     return {static_cast<Stage>(t[0].cast<int>()), pointer<double>(t[1]), pointer<double>(t[2])};
@@ -111,7 +108,8 @@ void register_distill(py::module_& m, Distill distill, TopKDistill topk_distill,
     m.def("topk_distill", [=](const py::tuple& student, const py::tuple& teacher, int tail, const py::tuple& token,
                               const py::tuple& out, const py::tuple& option, uintptr_t on) {
         const TopKDistillArgs args{rows(student), top_k(teacher), static_cast<Tail>(tail),
-                                   tokens(token), outputs(out),   options(option)};
+                                   tokens(token), outputs(out),   options(option),
+                                   Layout{}};
         py::gil_scoped_release release;
         topk_distill(args, execution(on));
     });
@@ -432,21 +430,36 @@ void register_cuda(py::module_ m) {
     m.attr("pair_blocks") = kPairBlocks;
     m.attr("shared_entries") = kSharedEntries;
     m.attr("sorted_bytes") = kSortedBytes;
-    m.def("laid_out_distill", [](const py::tuple& student, const py::tuple& teacher, const py::tuple& token,
-                                 const py::tuple& out, const py::tuple& option, const py::tuple& how, uintptr_t on) {
+    const auto layout = [](const py::tuple& t) { return Layout{t[0].cast<int>(), t[1].cast<int>()}; };
+    m.def("laid_out_distill", [=](const py::tuple& student, const py::tuple& teacher, const py::tuple& token,
+                                  const py::tuple& out, const py::tuple& option, const py::tuple& how, uintptr_t on) {
         const DistillArgs args{rows(student),   rows(teacher), tokens(token), outputs(out),
                                options(option), Split{},       layout(how)};
         py::gil_scoped_release release;
         cuda::distill(args, (cudaStream_t)on);
     });
-    m.def("distill_layouts", [](int64_t vocab, int dtype, int divergence, int device) {
+    m.def("laid_out_topk_distill",
+          [=](const py::tuple& student, const py::tuple& teacher, int tail, const py::tuple& token,
+              const py::tuple& out, const py::tuple& option, const py::tuple& how, uintptr_t on) {
+              const TopKDistillArgs args{rows(student), top_k(teacher), static_cast<Tail>(tail),
+                                         tokens(token), outputs(out),   options(option),
+                                         layout(how)};
+              py::gil_scoped_release release;
+              cuda::topk_distill(args, (cudaStream_t)on);
+          });
+    const auto pairs = [](const std::vector<Layout>& layouts) {
         std::vector<std::pair<int, int>> found;
-        for (const Layout x :
-             cuda::distill_layouts(vocab, static_cast<Dtype>(dtype), static_cast<Divergence>(divergence), device))
-            found.emplace_back(x.cluster, x.stages);
+        for (const Layout& x : layouts) found.emplace_back(x.cluster, x.stages);
         return found;
+    };
+    m.def("distill_layouts", [=](int64_t vocab, int dtype, int divergence, int device) {
+        return pairs(
+            cuda::distill_layouts(vocab, static_cast<Dtype>(dtype), static_cast<Divergence>(divergence), device));
     });
-    m.def("explain_distill", [](int64_t vocab, int dtype, const py::tuple& how, int device) {
+    m.def("topk_distill_layouts", [=](int64_t vocab, int dtype, int device) {
+        return pairs(cuda::topk_distill_layouts(vocab, static_cast<Dtype>(dtype), device));
+    });
+    m.def("explain_distill", [=](int64_t vocab, int dtype, const py::tuple& how, int device) {
         return cuda::explain_distill(vocab, static_cast<Dtype>(dtype), layout(how), device);
     });
 }

@@ -99,7 +99,20 @@ class _Cuda(_Engine):
         stream: int,
         /,
     ) -> None: ...
+    def laid_out_topk_distill(
+        self,
+        student: tuple[int, ...],
+        teacher: tuple[Any, ...],
+        tail: int,
+        tokens: tuple[int, ...],
+        outputs: tuple[Any, ...],
+        options: tuple[Any, ...],
+        layout: tuple[int, int],
+        stream: int,
+        /,
+    ) -> None: ...
     def distill_layouts(self, vocab: int, dtype: int, divergence: int, device: int, /) -> list[tuple[int, int]]: ...
+    def topk_distill_layouts(self, vocab: int, dtype: int, device: int, /) -> list[tuple[int, int]]: ...
     def explain_distill(self, vocab: int, dtype: int, layout: tuple[int, int], device: int, /) -> str: ...
 
 cpu: _Cpu

@@ -297,6 +297,10 @@ class _Cuda(OnCuda, _Engine):
         """(cluster, stages) of all that rows of this length fit on this GPU, the rule's first."""
         return self._module.distill_layouts(vocab, DTYPES[dtype], DIVERGENCES.index(divergence), device)
 
+    def topk_distill_layouts(self, vocab: int, dtype: torch.dtype, device: int) -> list[tuple[int, int]]:
+        """The same for a teacher's top k."""
+        return self._module.topk_distill_layouts(vocab, DTYPES[dtype], device)
+
     def explain_distill(self, vocab: int, dtype: torch.dtype, divergence: str, device: int) -> str:
         """Which kernel serves rows of this length on this GPU, how it is laid out there, and why."""
         with _tables.watched() as choices:
@@ -311,31 +315,31 @@ class _Cuda(OnCuda, _Engine):
         options: Options,
         *,
         gradient: Tensor | None,
-        want_loss: bool,
-        want_metrics: bool,
+        **wanted: bool,
     ) -> Results:
         """The kernels take one dtype: logits of two meet in float32."""
         if student.dtype != teacher.dtype:
             student, teacher = student.float(), teacher.float()
-        device = student.device.index
-        layout = _tables.distill_layout(device, options.vocab, student.dtype, options.divergence)
-        if layout == _tables.BY_RULE:
-            return super().distill(
-                student, teacher, tokens, options, gradient=gradient, want_loss=want_loss, want_metrics=want_metrics
-            )
-        teacher, teacher_rows = row_pointers(teacher)
-        return self._loss(
-            "laid_out_distill",
-            student,
-            (teacher_rows,),
-            teacher.shape[:-1].numel(),
-            tokens,
-            options,
-            gradient,
-            want_loss,
-            want_metrics,
-            layout,
-        )
+        return super().distill(student, teacher, tokens, options, gradient=gradient, **wanted)
+
+    def _loss(
+        self,
+        name: str,
+        student: Tensor,
+        teacher: tuple[Any, ...],
+        teacher_count: int,
+        tokens: Tokens,
+        options: Options,
+        *wanted: Any,
+    ) -> Results:
+        index, vocab = student.device.index, options.vocab
+        if name == _tables.DISTILL:
+            layout = _tables.distill_layout(index, vocab, student.dtype, options.divergence)
+        else:
+            layout = _tables.topk_distill_layout(index, vocab, student.dtype)
+        if layout != _tables.BY_RULE:
+            name, wanted = f"laid_out_{name}", (*wanted, layout)
+        return super()._loss(name, student, teacher, teacher_count, tokens, options, *wanted)
 
 
 @functools.cache

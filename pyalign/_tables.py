@@ -13,7 +13,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,13 +31,13 @@ FACTOR = 1.25  # between a vocabulary that was measured and one that is served, 
 HIDDEN_FACTOR = 2.0  # the same of hidden states' width, and how many fewer tokens a call may have
 WORTHWHILE = 1.02  # times faster than by the rule: less is noise
 
-# Of the dense distillation kernel (cluster, stages), as in csrc/common/distill_args.h.
+# Of the distillation kernels (cluster, stages), as in csrc/common/distill_args.h.
 Layout = tuple[int, int]
 BY_RULE: Layout = (0, 0)
 ONE_BLOCK: Layout = (-1, 0)
 # Of the chunk loop of losses from hidden states; the rule is the first.
 IN_TURN, OVERLAPPED = LINEAR_CHOICES = ("in turn", "overlapped")
-DISTILL = "distill"
+DISTILL, TOPK_DISTILL = "distill", "topk_distill"
 LINEAR_OPS = ("linear_distill", "linear_topk_distill", "linear_cross_entropy", "linear_logprob")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -66,11 +66,11 @@ class Entry:
     """What was measured of one op at one shape."""
 
     op: str
-    """``DISTILL`` or one of ``LINEAR_OPS``."""
+    """``DISTILL``, ``TOPK_DISTILL`` or one of ``LINEAR_OPS``."""
     dtype: str
     """Of the logits; of losses from hidden states, of the products' operands."""
     divergence: str
-    """Empty for ops that have none."""
+    """Empty for ops that have none, and for ``TOPK_DISTILL``, whose kernel serves all."""
     rows: int
     """Tokens."""
     vocab: int
@@ -151,7 +151,7 @@ def load(path: Path) -> Table:
 def _check_entry(where: str, x: dict[str, Any], fail: Any) -> None:
     linear = x["op"] in LINEAR_OPS
     divergences = DIVERGENCES if x["op"] in (DISTILL, "linear_distill", "linear_topk_distill") else ("",)
-    for name, values in (("op", (DISTILL, *LINEAR_OPS)), ("dtype", DTYPES), ("divergence", divergences)):
+    for name, values in (("op", (DISTILL, TOPK_DISTILL, *LINEAR_OPS)), ("dtype", DTYPES), ("divergence", divergences)):
         if x[name] not in values:
             raise fail(f"{where}.{name}", x[name], f"one of {', '.join(map(repr, values))}")
     for name, least in (("rows", 1), ("vocab", 1), ("hidden", 1 if linear else 0)):
@@ -238,8 +238,8 @@ def nearest(entries: list[Entry], shape: _Shape) -> Entry | None:
     return entries[min(found)[1]] if found else None
 
 
-def _measured(variable: str | None, index: int, shape: _Shape, fits: Iterable[str] | None) -> Choice:
-    """``fits``: the names that may be chosen at this shape; None: all."""
+def _measured(variable: str | None, index: int, shape: _Shape, fits: Callable[[], Iterable[str]] | None) -> Choice:
+    """``fits``: gives the names that may be chosen at this shape; None: all."""
     table, absent = _table(variable or None, torch.cuda.get_device_name(index))
     if table is None:
         return Choice(str(shape), "", f"by rule: {absent}")
@@ -247,7 +247,7 @@ def _measured(variable: str | None, index: int, shape: _Shape, fits: Iterable[st
     entry = nearest(table.entries, shape)
     if entry is None:
         return Choice(str(shape), "", f"by rule: nothing of about this shape was measured on {source}")
-    if fits is not None and entry.choice not in fits:
+    if fits is not None and entry.choice not in fits():
         return Choice(str(shape), "", f"by rule: {entry.choice}, measured on {source} at {entry.vocab}, does not fit")
     gain = "the rule's" if entry.choice == entry.rule else f"{entry.gain:.2f}x faster than the rule's"
     return Choice(str(shape), entry.choice, f"measured on {source}: {entry.choice}, {gain}")
@@ -282,27 +282,40 @@ def watched() -> Generator[list[Choice]]:
 
 def distill_layout(index: int, vocab: int, dtype: torch.dtype, divergence: str) -> Layout:
     """The dense distillation kernel's on a GPU, for rows of this length."""
-    layout, choice = _distill(_used.get("distill"), _backends.getenv(VARIABLE), index, vocab, dtype, divergence)
+    return _layout(DISTILL, index, vocab, dtype, divergence)
+
+
+def topk_distill_layout(index: int, vocab: int, dtype: torch.dtype) -> Layout:
+    """The same of the kernel for a teacher's top k."""
+    return _layout(TOPK_DISTILL, index, vocab, dtype, "")
+
+
+def _layout(op: str, index: int, vocab: int, dtype: torch.dtype, divergence: str) -> Layout:
+    layout, choice = _distill(_used.get("distill"), _backends.getenv(VARIABLE), op, index, vocab, dtype, divergence)
     if _seen is not None:
         _seen.append(choice)
     return layout
 
 
-def _fitting(index: int, vocab: int, dtype: torch.dtype, divergence: str) -> Iterator[str]:
-    """Asks the driver, once there is something to choose."""
-    for layout in _backends.engine("cuda").distill_layouts(vocab, dtype, divergence, index):
-        yield layout_name(layout)
+def _fitting(op: str, index: int, vocab: int, dtype: torch.dtype, divergence: str) -> Iterable[str]:
+    """Asks the driver."""
+    engine = _backends.engine("cuda")
+    if op == DISTILL:
+        layouts = engine.distill_layouts(vocab, dtype, divergence, index)
+    else:
+        layouts = engine.topk_distill_layouts(vocab, dtype, index)
+    return map(layout_name, layouts)
 
 
 @functools.cache
 def _distill(
-    used: str | None, variable: str | None, index: int, vocab: int, dtype: torch.dtype, divergence: str
+    used: str | None, variable: str | None, op: str, index: int, vocab: int, dtype: torch.dtype, divergence: str
 ) -> tuple[Layout, Choice]:
-    shape = _Shape(DISTILL, _name(dtype), divergence, 0, vocab, 0)
+    shape = _Shape(op, _name(dtype), divergence, 0, vocab, 0)
     if used:
         choice = Choice(str(shape), used, f"{used}, as asked")
     else:
-        choice = _measured(variable, index, shape, _fitting(index, vocab, dtype, divergence))
+        choice = _measured(variable, index, shape, lambda: _fitting(op, index, vocab, dtype, divergence))
     return (layout_of(choice.name) if choice.name else None) or BY_RULE, choice
 
 

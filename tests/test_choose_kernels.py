@@ -38,8 +38,20 @@ class Engine:
     def distill_layouts(self, vocab: int, dtype: torch.dtype, divergence: str, device: int) -> list[Any]:
         return [(8, 2), (4, 1), _tables.ONE_BLOCK]
 
+    def topk_distill_layouts(self, vocab: int, dtype: torch.dtype, device: int) -> list[Any]:
+        return self.distill_layouts(vocab, dtype, "", device)
+
+    def topk(self, *arguments: Any) -> Any:
+        return _native.cpu().topk(*arguments)
+
     def distill(self, *arguments: Any, gradient: torch.Tensor, **options: Any) -> Any:
-        results = _native.cpu().distill(*arguments, gradient=gradient, **options)
+        return self._with(_native.cpu().distill, *arguments, gradient=gradient, **options)
+
+    def topk_distill(self, *arguments: Any, gradient: torch.Tensor, **options: Any) -> Any:
+        return self._with(_native.cpu().topk_distill, *arguments, gradient=gradient, **options)
+
+    def _with(self, loss: Any, *arguments: Any, gradient: torch.Tensor, **options: Any) -> Any:
+        results = loss(*arguments, gradient=gradient, **options)
         if _tables._used["distill"] == self.bad:
             gradient[-1].neg_()
         return results
@@ -47,10 +59,10 @@ class Engine:
 
 def test_every_layout_of_every_divergence_is_measured(program: Any, tmp_path: Path):
     found = list(program.distill_entries(Engine(), 64, torch.bfloat16, 5, CPU, rounds=3))
-    assert [x.divergence for x, _ in found] == list(DIVERGENCES)
+    assert [(x.op, x.divergence) for x, _ in found] == [*(("distill", d) for d in DIVERGENCES), ("topk_distill", "")]
     for x, wrong in found:
         assert not wrong
-        assert (x.op, x.dtype, x.rows, x.vocab, x.rule) == ("distill", "bfloat16", 5, 64, "cluster of 8, 2 stages")
+        assert (x.dtype, x.rows, x.vocab, x.rule) == ("bfloat16", 5, 64, "cluster of 8, 2 stages")
         assert set(x.milliseconds) == {"cluster of 8, 2 stages", "cluster of 4, 1 stage", "one block"}
         assert x.choice in program.line(x, wrong)
     assert not _tables._used
@@ -92,7 +104,7 @@ def small(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_whole_run(program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.delenv(_tables.VARIABLE, raising=False)
     found = list(program.measured(Engine(), "A GPU", CPU, 90.0))
-    assert len(found) == 2 * 2 * len(DIVERGENCES) + len(program.linear_cases(CPU))
+    assert len(found) == 2 * 2 * (len(DIVERGENCES) + 1) + len(program.linear_cases(CPU))
     assert os.environ.get(_tables.VARIABLE) is None
     written = program.table([x for x, _ in found], "A GPU", 0)
     written.save(tmp_path / "table.json")
@@ -104,7 +116,7 @@ def test_what_there_is_no_time_for_is_named(program: Any, capsys: pytest.Capture
     assert not list(program.measured(Engine(), "A GPU", CPU, -1.0))
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2 * 2 + len(program.linear_cases(CPU))
-    assert printed[0] == "left out for want of time: distill, bfloat16, rows of 64"
+    assert printed[0] == "left out for want of time: distillation, bfloat16, rows of 64"
 
 
 def test_without_a_gpu_it_says_what_is_missing(tmp_path: Path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from distill_support import (
@@ -56,6 +58,24 @@ def test_every_layout_gives_the_same(engine: Engine, divergence: str, dtype: tor
     for layout in layouts:
         with engine(), _tables.use(distill=_tables.layout_name(layout)):
             ours = evaluate(student, teacher, divergence=divergence)
+        assert_close(ours, exact, dtype, slack=2.0)
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "drop"])
+@pytest.mark.parametrize("vocab", [4097, 50257, 128256, 262144])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@in_cuda
+def test_every_layout_for_a_top_k_teacher_gives_the_same(engine: Engine, dtype: torch.dtype, vocab: int, tail: str):
+    student, teacher = student_and_teacher(5, vocab, dtype=dtype, device=engine.device)
+    with pyalign.backend("reference"):
+        stored = topk_logprobs(teacher.float(), 50)
+    options: dict[str, Any] = {"tail": tail, "return_metrics": True}
+    exact = truth(student, stored, **options)
+    layouts = _backends.engine("cuda").topk_distill_layouts(vocab, dtype, 0)
+    assert _tables.ONE_BLOCK in layouts
+    for layout in layouts:
+        with engine(), _tables.use(distill=_tables.layout_name(layout)):
+            ours = evaluate(student, stored, **options)
         assert_close(ours, exact, dtype, slack=2.0)
 
 

@@ -46,6 +46,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         def distill_layouts(self, vocab: int, dtype: torch.dtype, divergence: str, device: int) -> list[Layout]:
             return FITS
 
+        def topk_distill_layouts(self, vocab: int, dtype: torch.dtype, device: int) -> list[Layout]:
+            return FITS
+
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: H100)
     monkeypatch.setattr(_backends, "engine", lambda name: Engine())
     monkeypatch.setattr(_tables, "DIRECTORY", tmp_path / "own")
@@ -251,7 +254,7 @@ def test_a_malformed_table_is_refused(tmp_path: Path, change: dict[str, Any], me
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"op": "kl"}, "op: got 'kl'; wanted one of 'distill', 'linear_distill'"),
+        ({"op": "kl"}, "op: got 'kl'; wanted one of 'distill', 'topk_distill', 'linear_distill'"),
         ({"dtype": "float64"}, "dtype: got 'float64'; wanted one of 'float32'"),
         ({"divergence": "kl"}, "divergence: got 'kl'; wanted one of 'forward_kl'"),
         ({"op": "linear_logprob", "hidden": 8}, "divergence: got 'forward_kl'; wanted one of ''"),
@@ -305,6 +308,12 @@ class Native:
     def laid_out_distill(self, *arguments: Any) -> None:
         self.calls.append(("laid_out_distill", *arguments[:-1]))
 
+    def topk_distill(self, *arguments: Any) -> None:
+        self.calls.append(("topk_distill", *arguments[:-1]))
+
+    def laid_out_topk_distill(self, *arguments: Any) -> None:
+        self.calls.append(("laid_out_topk_distill", *arguments[:-1]))
+
     def explain_distill(self, vocab: int, dtype: int, layout: Layout, device: int) -> str:
         return f"layout {layout}"
 
@@ -317,19 +326,23 @@ def native(monkeypatch: pytest.MonkeyPatch) -> tuple[Native, _native._Cuda]:
 
 
 @pytest.mark.parametrize("measured", [False, True])
-def test_the_choice_reaches_the_kernel(install: Install, native: tuple[Native, _native._Cuda], measured: bool):
+@pytest.mark.parametrize("op", ["distill", "topk_distill"])
+def test_the_choice_reaches_the_kernel(install: Install, native: tuple[Native, _native._Cuda], op: str, measured: bool):
     module, engine = native
     if measured:
-        install(table(entry(32)))
+        install(table(entry(32), entry(32, op="topk_distill", divergence="", choice="one block")))
     logits = torch.randn(3, 32).bfloat16()
-    engine.distill(
-        logits, logits, Tokens(), Options(32), gradient=torch.empty_like(logits), want_loss=True, want_metrics=False
-    )
+    wanted = {"gradient": torch.empty_like(logits), "want_loss": True, "want_metrics": False}
+    if op == "distill":
+        engine.distill(logits, logits, Tokens(), Options(32), **wanted)
+    else:
+        stored = torch.zeros(3, 5), torch.zeros(3, 5, dtype=torch.int64), None
+        engine.topk_distill(logits, *stored, "bucket", Tokens(), Options(32), **wanted)
     ((name, *arguments),) = module.calls
-    assert name == ("laid_out_distill" if measured else "distill")
-    assert len(arguments) == (6 if measured else 5)
+    assert name == (f"laid_out_{op}" if measured else op)
+    assert len(arguments) == (5 if op == "distill" else 6) + measured
     if measured:
-        assert arguments[-1] == (8, 2)
+        assert arguments[-1] == ((8, 2) if op == "distill" else ONE_BLOCK)
 
 
 def test_info_says_which_layout_and_why(install: Install, native: tuple[Native, _native._Cuda]):

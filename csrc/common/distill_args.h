@@ -82,12 +82,12 @@ struct DistillOptions {
     double hard_weight = 0.0;
 };
 
-// How a GPU holds a row pair. The engine has a rule; what was measured on a GPU may know better.
+// How a GPU holds a row, or a row pair. The engine has a rule; what was measured on a GPU may know better.
 struct Layout {
     static constexpr int kByRule = 0, kOneBlock = -1;  // instead of a cluster: one block, whatever the row's length
 
-    int cluster = kByRule;  // blocks that hold a row pair together
-    int stages = 0;         // row pairs that they have room for
+    int cluster = kByRule;  // blocks that hold a row together
+    int stages = 0;         // rows that they have room for
 };
 
 // (1 - hard_weight) * divergence + hard_weight * cross-entropy, per token.
@@ -121,6 +121,7 @@ struct TopKDistillArgs {
     Tokens tokens;
     Outputs out;
     DistillOptions options;
+    Layout layout;  // on a GPU
 };
 
 // The k largest logits of every row as log-probs of softmax(logits / T), largest first, equals by lowest index, and

@@ -12,6 +12,8 @@
 
 #include <cooperative_groups.h>
 
+#include <vector>
+
 #include "cuda/losses.cuh"
 
 namespace pyalign::cuda {
@@ -39,6 +41,9 @@ struct ClusterRoom {
 // Of a layout, by the rule or given; kept for the kernel and this vocabulary. `kernel` is the address of a __global__
 // function of kClusterThreads threads a block.
 ClusterPlan plan_clusters(const Device& device, const void* kernel, const ClusterRoom& room, Layout layout);
+
+// All layouts that fit, and one block; the first is the rule's.
+std::vector<Layout> layouts_of(const Device& device, const void* kernel, const ClusterRoom& room);
 
 // How a plan's blocks are launched for `count` rows.
 inline Launch launch_of(const ClusterPlan& plan, int64_t count, cudaStream_t stream) {

@@ -82,6 +82,19 @@ ClusterPlan plan_clusters(const Device& device, const void* kernel, const Cluste
     return place->second;
 }
 
+std::vector<Layout> layouts_of(const Device& device, const void* kernel, const ClusterRoom& room) {
+    std::vector<Layout> layouts{{Layout::kOneBlock, 0}};  // the rule's, where it wants no cluster
+    const ClusterPlan rule = plan_clusters(device, kernel, room, Layout{});
+    for (int cluster = 1; cluster <= kMostCluster; cluster *= 2) {
+        for (int stages = kMostStages; stages >= 1; --stages) {
+            if (plan_clusters(device, kernel, room, {cluster, stages}).cluster == 0) continue;
+            const bool is_rule = cluster == rule.cluster && stages == rule.stages;
+            layouts.insert(is_rule ? layouts.begin() : layouts.end(), Layout{cluster, stages});
+        }
+    }
+    return layouts;
+}
+
 std::string describe(const ClusterPlan& plan) {
     return "a cluster of " + std::to_string(plan.cluster) + ", " + std::to_string(plan.stages) +
            (plan.stages == 1 ? " stage, " : " stages, ") + std::to_string(plan.shared) +

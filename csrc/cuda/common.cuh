@@ -529,6 +529,20 @@ RowPlan plan_stream(const Device& device, int64_t vocab, int element_size, Threa
 
 int element_size(Dtype dtype, const char* op);
 
+// Throws where a layout asks for a cluster: none was launched.
+void refuse_cluster(const Layout& layout, const char* op, int64_t vocab);
+
+// Asks the driver about kernels on a device that need not be the current one.
+template <class Ask>
+auto on_device(int index, const char* what, Ask ask) {
+    int current = 0;
+    check(cudaGetDevice(&current), what);
+    check(cudaSetDevice(index), what);
+    auto answer = ask(device_at(index));
+    check(cudaSetDevice(current), what);
+    return answer;
+}
+
 // Calls body(T{}) for the logits' type.
 template <class Body>
 void with_type(Dtype dtype, Body body) {

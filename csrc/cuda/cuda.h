@@ -24,7 +24,7 @@ class CudaError : public std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// A layout that isn't among distill_layouts() is a bad argument.
+// A layout that isn't among distill_layouts(), or topk_distill_layouts(), is a bad argument.
 void distill(const DistillArgs& args, cudaStream_t stream);
 void topk_distill(const TopKDistillArgs& args, cudaStream_t stream);
 
@@ -50,6 +50,8 @@ void preference_metrics(const MetricArgs& args, cudaStream_t stream);
 
 // The layouts of `distill` that rows of this length fit on this device; the first is the rule's.
 std::vector<Layout> distill_layouts(int64_t vocab, Dtype dtype, Divergence divergence, int device);
+
+std::vector<Layout> topk_distill_layouts(int64_t vocab, Dtype dtype, int device);
 
 // Which kernel `distill` runs for rows of this length on this device, and how it is laid out there.
 std::string explain_distill(int64_t vocab, Dtype dtype, Layout layout, int device);

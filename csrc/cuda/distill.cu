@@ -85,11 +85,7 @@ void distill(const DistillArgs& args, cudaStream_t stream) {
     const bool by_cluster = args.tokens.count > 0 && args.layout.cluster != Layout::kOneBlock &&
                             distill_cluster(params, args.layout, stream);
     if (args.tokens.count > 0 && !by_cluster) {
-        if (args.layout.cluster != Layout::kByRule && args.layout.cluster != Layout::kOneBlock)
-            throw std::invalid_argument("distill: layout: got a cluster of " + std::to_string(args.layout.cluster) +
-                                        " with stages " + std::to_string(args.layout.stages) +
-                                        "; wanted one of distill_layouts() for rows of " +
-                                        std::to_string(params.loss.vocab));
+        refuse_cluster(args.layout, "distill", params.loss.vocab);
         with_types(args.student, args.out.gradient, "distill", [&](auto logits, auto gradient) {
             with_divergence(args.options.divergence, params.loss.beta, [&](auto divergence) {
                 launch_rows<decltype(logits), decltype(gradient), decltype(divergence)>(params, stream);
@@ -99,25 +95,10 @@ void distill(const DistillArgs& args, cudaStream_t stream) {
     reduce_loss(params.loss, args.out, stream);
 }
 
-namespace {
-
-// Asks the driver about kernels on a device that need not be the current one.
-template <class Ask>
-auto on_device(int index, const char* what, Ask ask) {
-    int current = 0;
-    check(cudaGetDevice(&current), what);
-    check(cudaSetDevice(index), what);
-    auto answer = ask(device_at(index));
-    check(cudaSetDevice(current), what);
-    return answer;
-}
-
-}  // namespace
-
 std::vector<Layout> distill_layouts(int64_t vocab, Dtype dtype, Divergence divergence, int index) {
     element_size(dtype, "distill_layouts");
     return on_device(index, "distill_layouts",
-                     [&](const Device& device) { return all_layouts(device, vocab, dtype, divergence); });
+                     [&](const Device& device) { return distill_clusters_layouts(device, vocab, dtype, divergence); });
 }
 
 std::string explain_distill(int64_t vocab, Dtype dtype, Layout layout, int index) {
@@ -137,7 +118,9 @@ std::string explain_distill(int64_t vocab, Dtype dtype, Layout layout, int index
 #if !defined(PYALIGN_HAVE_SM90)
 bool distill_cluster(const DistillParams&, Layout, cudaStream_t) { return false; }
 std::string explain_cluster(const Device&, int64_t, Dtype, Layout) { return {}; }
-std::vector<Layout> all_layouts(const Device&, int64_t, Dtype, Divergence) { return {{Layout::kOneBlock, 0}}; }
+std::vector<Layout> distill_clusters_layouts(const Device&, int64_t, Dtype, Divergence) {
+    return {{Layout::kOneBlock, 0}};
+}
 #endif
 
 }  // namespace pyalign::cuda

@@ -246,6 +246,6 @@ __device__ __forceinline__ void distill_row(const DistillParams& params, int64_t
 // nothing was launched.
 bool distill_cluster(const DistillParams& params, Layout layout, cudaStream_t stream);
 std::string explain_cluster(const Device& device, int64_t vocab, Dtype dtype, Layout layout);  // empty: can't
-std::vector<Layout> all_layouts(const Device& device, int64_t vocab, Dtype dtype, Divergence divergence);
+std::vector<Layout> distill_clusters_layouts(const Device& device, int64_t vocab, Dtype dtype, Divergence divergence);
 
 }  // namespace pyalign::cuda

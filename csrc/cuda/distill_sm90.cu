@@ -34,9 +34,13 @@ Kernel kernel_for(Divergence divergence) {
 }
 
 template <class T>
+ClusterRoom room_for(int64_t vocab) {
+    return {2, vocab, sizeof(T), sizeof(ClusterShared)};
+}
+
+template <class T>
 ClusterPlan plan_for(const Device& device, Kernel kernel, int64_t vocab, Layout layout) {
-    return plan_clusters(device, reinterpret_cast<const void*>(kernel), {2, vocab, sizeof(T), sizeof(ClusterShared)},
-                         layout);
+    return plan_clusters(device, reinterpret_cast<const void*>(kernel), room_for<T>(vocab), layout);
 }
 
 }  // namespace
@@ -56,19 +60,12 @@ bool distill_cluster(const DistillParams& params, Layout layout, cudaStream_t st
     return launched;
 }
 
-std::vector<Layout> all_layouts(const Device& device, int64_t vocab, Dtype dtype, Divergence divergence) {
-    std::vector<Layout> layouts{{Layout::kOneBlock, 0}};  // the rule's, where it wants no cluster
+std::vector<Layout> distill_clusters_layouts(const Device& device, int64_t vocab, Dtype dtype, Divergence divergence) {
+    std::vector<Layout> layouts;
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
         const Kernel kernel = kernel_for<T, T>(divergence);
-        const ClusterPlan rule = plan_for<T>(device, kernel, vocab, Layout{});
-        for (int cluster = 1; cluster <= kMostCluster; cluster *= 2) {
-            for (int stages = kMostStages; stages >= 1; --stages) {
-                if (plan_for<T>(device, kernel, vocab, {cluster, stages}).cluster == 0) continue;
-                const bool is_rule = cluster == rule.cluster && stages == rule.stages;
-                layouts.insert(is_rule ? layouts.begin() : layouts.end(), Layout{cluster, stages});
-            }
-        }
+        layouts = layouts_of(device, reinterpret_cast<const void*>(kernel), room_for<T>(vocab));
     });
     return layouts;
 }

@@ -20,6 +20,13 @@ int element_size(Dtype dtype, const char* op) {
     throw std::invalid_argument(std::string(op) + ": float64 logits have no CUDA kernel; use the reference backend");
 }
 
+void refuse_cluster(const Layout& layout, const char* op, int64_t vocab) {
+    if (layout.cluster == Layout::kByRule || layout.cluster == Layout::kOneBlock) return;
+    throw std::invalid_argument(std::string(op) + ": layout: got a cluster of " + std::to_string(layout.cluster) +
+                                " with stages " + std::to_string(layout.stages) + "; wanted one of " + op +
+                                "_layouts() for rows of " + std::to_string(vocab));
+}
+
 const Device& device_at(int index) {
     static std::mutex mutex;
     static std::vector<Device*> devices;  // never freed: launches may outlive static destruction

@@ -80,7 +80,12 @@ void topk_distill(const TopKDistillArgs& args, cudaStream_t stream) {
         throw std::invalid_argument("vocab: got " + std::to_string(args.options.vocab) +
                                     "; this GPU's shared memory marks " + "the entries of at most " +
                                     std::to_string((device.shared_per_block - int64_t(sizeof(Shared)) - 32) * 8));
-    if (args.tokens.count > 0 && !topk_distill_cluster(params, stream)) {
+    // Without a row to hold, one block writes it, whatever the layout.
+    const bool reads = reads_row(params.loss, args.tail, params.loss.hard_weight > 0);
+    const bool by_cluster = args.tokens.count > 0 && reads && args.layout.cluster != Layout::kOneBlock &&
+                            topk_distill_cluster(params, args.layout, stream);
+    if (args.tokens.count > 0 && !by_cluster) {
+        if (reads) refuse_cluster(args.layout, "topk_distill", params.loss.vocab);
         with_types(args.student, args.out.gradient, "topk_distill", [&](auto logits, auto gradient) {
             using T = decltype(logits);
             const RowPlan plan = plan_rows(device, 1, args.options.vocab, sizeof(T), {64, kMostThreads}, size_t(fixed),
@@ -93,8 +98,15 @@ void topk_distill(const TopKDistillArgs& args, cudaStream_t stream) {
     reduce_loss(params.loss, args.out, stream);
 }
 
+std::vector<Layout> topk_distill_layouts(int64_t vocab, Dtype dtype, int index) {
+    element_size(dtype, "topk_distill_layouts");
+    return on_device(index, "topk_distill_layouts",
+                     [&](const Device& device) { return topk_distill_clusters_layouts(device, vocab, dtype); });
+}
+
 #if !defined(PYALIGN_HAVE_SM90)
-bool topk_distill_cluster(const TopKParams&, cudaStream_t) { return false; }
+bool topk_distill_cluster(const TopKParams&, Layout, cudaStream_t) { return false; }
+std::vector<Layout> topk_distill_clusters_layouts(const Device&, int64_t, Dtype) { return {{Layout::kOneBlock, 0}}; }
 #endif
 
 }  // namespace pyalign::cuda

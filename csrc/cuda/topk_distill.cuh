@@ -288,6 +288,7 @@ __device__ __forceinline__ void topk_row(const TopKParams& params, int64_t row, 
 
 // The Hopper kernel's part, in topk_distill_sm90.cu: false if the device has no clusters that can hold such rows, and
 // then nothing was launched.
-bool topk_distill_cluster(const TopKParams& params, cudaStream_t stream);
+bool topk_distill_cluster(const TopKParams& params, Layout layout, cudaStream_t stream);
+std::vector<Layout> topk_distill_clusters_layouts(const Device& device, int64_t vocab, Dtype dtype);
 
 }  // namespace pyalign::cuda

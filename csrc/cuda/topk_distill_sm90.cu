@@ -31,24 +31,37 @@ __global__ void __launch_bounds__(kClusterThreads, kClusterBlocks)
 #endif
 }
 
+template <class T>
+ClusterRoom room_for(int64_t vocab) {
+    return {1, vocab, sizeof(T), sizeof(ClusterShared) + size_t(Bitmap::words_for(vocab)) * sizeof(uint32_t)};
+}
+
 }  // namespace
 
-bool topk_distill_cluster(const TopKParams& params, cudaStream_t stream) {
+bool topk_distill_cluster(const TopKParams& params, Layout layout, cudaStream_t stream) {
     const LossParams& p = params.loss;
-    if (!reads_row(p, params.tail, p.hard_weight > 0)) return false;  // there is nothing to hold
     bool launched = false;
     with_types(p.student, p.gradient, "topk_distill", [&](auto logits, auto gradient) {
         using T = decltype(logits);
         const auto kernel = topk_distill_clusters<T, decltype(gradient)>;
-        const size_t fixed = sizeof(ClusterShared) + size_t(Bitmap::words_for(p.vocab)) * sizeof(uint32_t);
-        const ClusterPlan plan = plan_clusters(current_device(), reinterpret_cast<const void*>(kernel),
-                                               {1, p.vocab, sizeof(T), fixed}, Layout{});
+        const ClusterPlan plan =
+            plan_clusters(current_device(), reinterpret_cast<const void*>(kernel), room_for<T>(p.vocab), layout);
         if (plan.cluster == 0) return;
         check(launch(launch_of(plan, p.tokens.count, stream), kernel, params, plan.stages, plan.capacity),
               "topk_distill_clusters");
         launched = true;
     });
     return launched;
+}
+
+std::vector<Layout> topk_distill_clusters_layouts(const Device& device, int64_t vocab, Dtype dtype) {
+    std::vector<Layout> layouts;
+    with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        const auto kernel = topk_distill_clusters<T, T>;
+        layouts = layouts_of(device, reinterpret_cast<const void*>(kernel), room_for<T>(vocab));
+    });
+    return layouts;
 }
 
 }  // namespace pyalign::cuda
