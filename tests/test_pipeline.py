@@ -216,8 +216,9 @@ def test_the_same_in_the_arithmetic_of_a_gpu(
     chunks_of(5)
     overlap(False)
     in_turn = evaluate(kind, x, other, **given)
-    assert overlap(True) == []
+    counts = overlap(True)
     same_bits(evaluate(kind, x, other, **given), in_turn)
+    assert counts
 
 
 @every_kind

@@ -1,5 +1,5 @@
-// Rows held by thread-block clusters (Hopper and later): a row of each operand, or a pair of them, is read from memory
-// once, into the shared memory of a cluster's blocks.
+// Rows held by thread-block clusters (Hopper and later): a row, or one of each operand, is read from memory once, into
+// the shared memory of a cluster's blocks.
 //
 // Each block has a slice of every row. The bulk copy engine fills the slices and reports to an mbarrier; while one row
 // is at work, the next is on its way into the other stage. States are merged by writing them into every block of the
