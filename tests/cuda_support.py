@@ -22,11 +22,20 @@ class Limit(NamedTuple):
     instances: int
     threads: int
     blocks: int
-    static_shared: int = 0  # bytes; what is asked for at launch is planned in runtime.cu and clusters.cu
+    static_shared: int = 0  # bytes
+    # Bytes asked for at launch where that number is fixed; else runtime.cu and clusters.cu plan (test_cluster_plan).
+    dynamic_shared: int = 0
 
     @property
     def registers(self) -> int:
         return min(65536 // (self.threads * self.blocks), 255)
+
+
+def asserted(file: str, name: str) -> int:
+    """A constant of a file of ``csrc/cuda``, as its compiler was made to agree."""
+    source = (ROOT / "csrc" / "cuda" / file).read_text()
+    (value,) = re.findall(rf"static_assert\({re.escape(name)} == (\d+)\)", source)
+    return int(value)
 
 
 TYPES, DIVERGENCES = 3, 4
@@ -34,7 +43,7 @@ GRADIENTS = TYPES + 2  # of logits and gradient: the same or, for float32 logits
 LIMITS = {
     "distill_rows": Limit(GRADIENTS * DIVERGENCES, threads=512, blocks=1),
     "distill_clusters": Limit(GRADIENTS * DIVERGENCES, threads=256, blocks=2),
-    "topk_rows": Limit(TYPES, threads=512, blocks=2),
+    "topk_rows": Limit(TYPES, threads=512, blocks=2, dynamic_shared=asserted("topk.cu", "kMostShared")),
     "topk_distill_rows": Limit(GRADIENTS, threads=512, blocks=1),
     "topk_distill_clusters": Limit(GRADIENTS, threads=256, blocks=2),
     "logprob_rows": Limit(2 * GRADIENTS, threads=1024, blocks=1),
@@ -128,12 +137,6 @@ def compile_source(source: Path, target: str, folder: Path) -> Built:
     assert result.returncode == 0, f"{' '.join(command)}\n{output}"
     assert "warning" not in output, output
     return Built(source, target, compiled, parse(output, target))
-
-
-def shared_bytes(file: str, name: str = "Shared") -> int:
-    """sizeof(``name``) of a file of ``csrc/cuda``, as its compiler was made to agree."""
-    (size,) = re.findall(rf"static_assert\(sizeof\({name}\) == (\d+)\)", (ROOT / "csrc/cuda" / file).read_text())
-    return int(size)
 
 
 class Instruction(NamedTuple):

@@ -143,13 +143,15 @@ def figures(built: Built) -> dict[str, dict[str, Any]]:
     code_of = sass(built)
     found: dict[str, dict[str, Any]] = {}
     for usage in built.report:
-        code, threads = code_of[usage.symbol], LIMITS[usage.kernel].threads
-        limits = LIMITS_OF[built.target]
+        code, limit = code_of[usage.symbol], LIMITS[usage.kernel]
+        shared = usage.static_shared + limit.dynamic_shared
         found[readable(usage.symbol)] = {
             "registers": usage.registers,
             "spills": usage.spills,
-            "shared": usage.static_shared,
-            "blocks per processor": blocks_per_processor(limits, threads, usage.registers, usage.static_shared),
+            "shared": shared,
+            "blocks per processor": blocks_per_processor(
+                LIMITS_OF[built.target], limit.threads, usage.registers, shared
+            ),
             "instructions": sum(one.opcode != "NOP" for one in code),
             "16-byte loads": holds(code, r"(LDG|LDS)\b.*\.128|UBLKCP"),
             "16-byte stores": holds(code, r"STG\b.*\.128"),

@@ -8,7 +8,7 @@ import re
 from typing import NamedTuple
 
 import pytest
-from cuda_support import ROOT, shared_bytes
+from cuda_support import ROOT, asserted
 from gpu_limits import LIMITS_OF, blocks_per_processor
 
 SOURCE = "".join((ROOT / "csrc/cuda" / name).read_text() for name in ("cluster.cuh", "clusters.cu"))
@@ -38,7 +38,7 @@ def plan(vocab: int, width: int, rows: int = 2) -> Plan | None:
     for blocks, stages in WISHES:
         for cluster in (1, 2, 4, 8, 16):
             capacity = -(-(vocab * width // 16) // cluster) + 1
-            shared = shared_bytes("cluster.cuh", "ClusterShared") + bitmap + stages * rows * capacity * 16
+            shared = asserted("cluster.cuh", "sizeof(ClusterShared)") + bitmap + stages * rows * capacity * 16
             fits = blocks * (shared + H100.shared_reserved) <= H100.shared
             if shared <= H100.shared_of_block and fits:
                 return Plan(cluster, stages, blocks, shared)

@@ -195,6 +195,8 @@ struct alignas(16) Shared {
     Key few[enough(kMostK)];
     int found;  // also those that found no room
 };
+constexpr size_t kMostShared = sizeof(Shared) + sizeof(Key) * room_for(kMostThreads, kLanes<__half>);
+static_assert(kMostShared == 40272);  // tests read it here
 
 // Keeps the candidates that reach a higher threshold, at least k and no more than enough(k), and returns it. The others
 // are added to `evicted`; in units of 2^-40 of the largest, so that their order doesn't matter.

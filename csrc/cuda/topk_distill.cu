@@ -12,7 +12,6 @@ struct alignas(16) Shared {
     char slots[BlockTeam::kBytes];
     float edges[kWarp];
 };
-static_assert(sizeof(Shared) == 2176);  // tests and bench/predictions.py read it here
 
 // One block's row, and the block that works on it.
 template <class T>
