@@ -119,6 +119,18 @@ def test_long_rows_under_the_sanitizer(engine: Engine, divergence: str, vocab: i
     assert_close(ours, truth(student, teacher, divergence=divergence), torch.bfloat16, slack=2.0)
 
 
+@pytest.mark.smoke
+@pytest.mark.parametrize("vocab", [4097, 32000])
+@pytest.mark.parametrize("k", [50, 256])
+@on_gpu
+def test_top_k_of_long_rows_under_the_sanitizer(engine: Engine, k: int, vocab: int):
+    student, teacher = student_and_teacher(3, vocab, dtype=torch.bfloat16, device=engine.device)
+    with engine():
+        stored = topk_logprobs(teacher, k)
+        ours = evaluate(student, stored)
+    assert_close(ours, truth(student, stored), torch.bfloat16, slack=2.0)
+
+
 @pytest.mark.parametrize("vocab", [4096, 32001, 128256])
 @on_gpu
 def test_long_rows_in_place(engine: Engine, vocab: int):
