@@ -171,7 +171,7 @@ def topk_loss(rows: int, vocab: int) -> Case:
     return Case(
         f"top-k loss + gradient, k = 50, {rows} x {vocab}",
         "topk_distill_clusters<bfloat16, bfloat16>",
-        ((3, 8), (10, 8)),
+        ((3, 8), (-1, 8)),
         rows * vocab,
         needed,
         needed,

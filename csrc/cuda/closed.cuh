@@ -83,12 +83,6 @@ struct FoldedMerger {
         return (a.cross + weigh(weights.sum, kByStudent ? -apart : apart)) *
                rescale(weights.max, kByStudent ? student : teacher, inverse_temperature);
     }
-    __device__ __forceinline__ Folded operator()(const Folded& a, const Folded& b) const {
-        const Softmax<float> student = merge(a.student, b.student, inverse_temperature);
-        const Softmax<float> teacher = merge(a.teacher, b.teacher, inverse_temperature);
-        return {student, teacher, hard ? merge(a.hard, b.hard, 1.f) : a.hard,
-                raise(a, student.max, teacher.max) + raise(b, student.max, teacher.max)};
-    }
     __device__ __forceinline__ Folded warp(const Folded& a) const {
         const Softmax<float> student = warp_merge(a.student, inverse_temperature);
         const Softmax<float> teacher = warp_merge(a.teacher, inverse_temperature);

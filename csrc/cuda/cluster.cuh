@@ -141,15 +141,16 @@ struct Header {
 
 // Shared memory of a block; what a kernel wants besides follows, then the stages: [stages, rows, capacity] vectors.
 struct alignas(16) ClusterShared {
-    char slots[2][kMostCluster * kClusterWarps * BlockTeam::kSlotBytes];
+    char of_warps[kClusterWarps * BlockTeam::kSlotBytes], of_blocks[2][kMostCluster * BlockTeam::kSlotBytes];
     float edges[2][kWarp];
     Header headers[kMostStages];
     Note note;
     uint64_t arrived[kMostStages];
 };
-static_assert(sizeof(ClusterShared) == 8592);  // tests read it here
+static_assert(sizeof(ClusterShared) == 1680);  // tests read it here
 
-// Merges the states of all threads of a cluster; see BlockTeam.
+// Merges the states of all threads of a cluster; see BlockTeam. Where a row is cut into many slices a block's part of
+// it is short, so one warp joins the block's states, and one state goes to every block. Two sets of slots take turns.
 struct ClusterTeam {
     ClusterShared* shared;
     int rank, size;
@@ -159,14 +160,22 @@ struct ClusterTeam {
     __device__ __forceinline__ State merge(State state, const Merger& merger) {
         static_assert(sizeof(State) <= BlockTeam::kSlotBytes);
         const cooperative_groups::cluster_group cluster = cooperative_groups::this_cluster();
-        State* const mine = reinterpret_cast<State*>(shared->slots[turn]);
+        State* const of_warps = reinterpret_cast<State*>(shared->of_warps);
+        State* const of_blocks = reinterpret_cast<State*>(shared->of_blocks[turn]);
         turn ^= 1;
-        state = merger.warp(state);
         const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-        if (lane < size) *cluster.map_shared_rank(mine + rank * kClusterWarps + warp, lane) = state;
+        state = merger.warp(state);
+        if (lane == 0) of_warps[warp] = state;
+        __syncthreads();
+        if (warp == 0) {
+            State block{};
+            if (lane < kClusterWarps) block = of_warps[lane];
+            block = merger.warp(block);
+            if (lane < size) *cluster.map_shared_rank(of_blocks + rank, lane) = block;
+        }
         cluster.sync();
         State all{};
-        for (int i = lane; i < size * kClusterWarps; i += kWarp) all = merger(all, mine[i]);
+        if (lane < size) all = of_blocks[lane];
         return merger.warp(all);
     }
 };

@@ -428,8 +428,8 @@ __device__ __forceinline__ Softmax<float> warp_merge(Softmax<float> state, float
     return {max, warp_sum(__fmul_rn(state.sum, rescale(state.max, max, inverse_temperature)))};
 }
 
-// The threads of one block, merging a state: merger(a, b) joins two, merger.warp(a) a warp's 32. Two sets of slots take
-// turns: whoever writes a set has passed the barrier of the merge between, and so have all readers of what it held.
+// The threads of one block, merging a state: merger.warp(a) joins a warp's 32. Two sets of slots take turns: whoever
+// writes a set has passed the barrier of the merge between, and so have all readers of what it held.
 struct BlockTeam {
     static constexpr int kSlotBytes = 32, kBytes = 2 * kWarp * kSlotBytes;
 

@@ -168,9 +168,6 @@ struct Metrics {
 };
 
 struct MetricsMerger {
-    __device__ __forceinline__ Metrics operator()(const Metrics& a, const Metrics& b) const {
-        return {a.entropy + b.entropy, min(a.student_top, b.student_top), min(a.teacher_top, b.teacher_top)};
-    }
     __device__ __forceinline__ Metrics warp(const Metrics& x) const {
         return {warp_sum(x.entropy), warp_min(x.student_top), warp_min(x.teacher_top)};
     }
@@ -179,7 +176,6 @@ struct MetricsMerger {
 // ---- Sums ----
 
 struct SumsMerger {
-    __device__ __forceinline__ Sums<float> operator()(Sums<float> a, Sums<float> b) const { return a + b; }
     __device__ __forceinline__ Sums<float> warp(Sums<float> x) const { return {warp_sum(x.loss), warp_sum(x.aux)}; }
 };
 

@@ -89,10 +89,6 @@ struct States {
 
 struct StatesMerger {
     float inverse_temperature;
-    __device__ __forceinline__ States operator()(const States& a, const States& b) const {
-        return {merge(a.rest, b.rest, inverse_temperature), merge(a.members, b.members, inverse_temperature),
-                merge(a.hard, b.hard, 1.f), merge(a.entries, b.entries, 1.f)};
-    }
     __device__ __forceinline__ States warp(const States& x) const {
         return {warp_merge(x.rest, inverse_temperature), warp_merge(x.members, inverse_temperature),
                 warp_merge(x.hard, 1.f), warp_merge(x.entries, 1.f)};
