@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -553,7 +554,11 @@ def test_the_quick_preset_goes_on_after_a_kill_and_its_report_has_every_section(
 def test_an_interrupted_run_keeps_what_its_workers_finish(tmp_path):
     options = ["--quick", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--workers", "1"]
     command_line = [sys.executable, "-m", "bench.paper", "objectives", *options]
-    running = subprocess.Popen(command_line, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # What a shell starts in the background ignores Ctrl-C, and so do its children.
+    heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    running = subprocess.Popen(
+        command_line, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heeds
+    )
     units = tmp_path / "work" / "units"
     while not (units.exists() and len(list(units.glob("*.json"))) >= 1):
         assert running.poll() is None
