@@ -200,9 +200,6 @@ class Choice(NamedTuple):
     """Empty: whatever the rule says."""
     reason: str
 
-    def __str__(self) -> str:
-        return f"{self.what}: {self.reason}"
-
 
 class _Shape(NamedTuple):
     op: str

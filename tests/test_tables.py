@@ -289,7 +289,10 @@ def test_a_file_that_is_no_table_is_named_by_the_call_that_reads_it(
 
 
 def test_the_tables_that_are_shipped_can_be_read():
-    for path in (Path(_tables.__file__).parent / "kernel_tables").glob("*.json"):
+    shipped = list((Path(_tables.__file__).parent / "kernel_tables").glob("*.json"))
+    if not shipped:
+        pytest.skip("no GPU has been measured: there is none yet")
+    for path in shipped:
         assert path.name == _tables.file_name(_tables.load(path).gpu)
 
 
