@@ -11,8 +11,7 @@ namespace {
 constexpr int64_t kLeastBytes = 8 << 10;  // a row shorter than this is one block's work
 
 int64_t active_clusters(const Device& device, const void* kernel, int cluster, size_t shared) {
-    if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block) !=
-            cudaSuccess ||
+    if (allow_shared(kernel, device) != cudaSuccess ||
         (cluster > 8 &&
          cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) != cudaSuccess)) {
         cudaGetLastError();

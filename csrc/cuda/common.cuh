@@ -478,15 +478,14 @@ struct Launch {
 // could come between another's setting and its launch.
 constexpr size_t kSharedByDefault = 48 << 10;
 
-template <class... Params>
-cudaError_t allow_shared(void (*kernel)(Params...), const Device& device) {
+inline cudaError_t allow_shared(const void* kernel, const Device& device) {
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
 }
 
 template <class... Params>
 cudaError_t launch(const Launch& how, void (*kernel)(Params...), const Params&... args) {
     if (how.shared > kSharedByDefault) {
-        const cudaError_t status = allow_shared(kernel, current_device());
+        const cudaError_t status = allow_shared(reinterpret_cast<const void*>(kernel), current_device());
         if (status != cudaSuccess) return status;
     }
     cudaLaunchAttribute cluster{};
